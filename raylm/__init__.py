@@ -1,0 +1,1 @@
+"""One pool of LLM inference actors on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""The engines: what turns one `Request` into `Delta`s. Plain asyncio, no Ray."""
