@@ -17,7 +17,7 @@ class OpenVINOConfig(_Config):
     """Settings of the OpenVINO engine, the embedded default on CPU.
 
     Attributes:
-        path: Model: a built-in alias, a GGUF file, a folder with an OpenVINO model, or a hub id.
+        path: Model: a built-in alias, a GGUF file, a folder with an OpenVINO model, or a hub id. Pipelines fill it in.
         model_name: Name in receipts; None takes it from `path`.
         capacity: Requests decoded together.
         max_context: Prompt and generated tokens together; None takes the model's own limit.
@@ -28,7 +28,7 @@ class OpenVINOConfig(_Config):
     """
 
     kind: Literal["openvino"] = "openvino"
-    path: str = Field(min_length=1)
+    path: str = ""
     model_name: str | None = None
     capacity: int = Field(default=32, ge=1)
     max_context: int | None = Field(default=None, ge=1)
@@ -82,11 +82,13 @@ class SessionConfig(_Config):
 
     Attributes:
         ttl_s: A session that is idle for this long is forgotten.
+        turn_timeout_s: A turn that has not ended by then belongs to a client that is gone; the session is free again.
         max_sessions: The least recently used session makes room for one more.
         max_bytes: Text of all transcripts together; the least recently used sessions make room.
     """
 
     ttl_s: PositiveFloat = 3600
+    turn_timeout_s: PositiveFloat = 3600
     max_sessions: int = Field(default=100_000, ge=1)
     max_bytes: int = Field(default=1 << 30, ge=1)
 

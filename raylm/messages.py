@@ -37,16 +37,18 @@ class Status(IntEnum):
     SESSION_INVALID_ARG = -4
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One message of a conversation.
 
     Attributes:
         role: `system`, `user`, `assistant`, or a role that the meta template defines.
         content: The text.
+        name: Who speaks in that role, for meta templates that tell several speakers apart.
     """
 
     role: str
     content: str
+    name: str | None = None
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -1,0 +1,1 @@
+"""The Ray actors: engines, their owner, and the session store."""

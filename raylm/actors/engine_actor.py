@@ -1,0 +1,289 @@
+"""EngineActor: the one Ray actor class for engines, and its end of the token plane.
+
+    submit(client, requests)   starts requests, many in one call
+    poll(client)               everything produced for that client since its last poll; waits while there is nothing
+    cancel(client, keys)       aborts requests
+
+One poll is in flight per client. While it is on its way, each request's deltas are merged into one, so under load calls
+get fewer and fuller by themselves, and idle a token waits for nothing. Messages are msgpack bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+
+import msgspec
+import ray
+from pydantic import TypeAdapter
+
+from raylm.config import EngineConfig, OpenVINOConfig
+from raylm.engines.base import Engine
+from raylm.errors import ActorLostError, EngineError, ErrorMessage, RaylmError, to_message
+from raylm.messages import Delta, EngineInfo, EngineStatistics, Request
+
+HEARTBEAT_S = 5.0
+"""A poll comes back after this long, empty, when there is nothing to tell."""
+
+PROGRESS_S = 1.0
+"""A request that is not wanted as a stream tells its progress this often, so that a watchdog sees it live and a lost
+actor costs no more than this."""
+
+LEASE_S = 10.0
+"""A client that has not polled for this long is gone; its requests are aborted."""
+
+_log = logging.getLogger(__name__)
+
+
+class Submission(msgspec.Struct, array_like=True):
+    """The argument of `submit`.
+
+    Attributes:
+        keys: One number for each request, never used before by this client.
+        requests: The requests.
+    """
+
+    keys: list[int]
+    requests: list[Request]
+
+
+class PollReply(msgspec.Struct, array_like=True):
+    """The answer of `poll`.
+
+    Attributes:
+        keys: Which request each of `deltas` belongs to.
+        deltas: At most one for each request.
+        failures: Requests that ended with an error.
+        statistics: The engine's load.
+    """
+
+    keys: list[int]
+    deltas: list[Delta]
+    failures: list[tuple[int, ErrorMessage]]
+    statistics: EngineStatistics
+
+
+class ActorInfo(msgspec.Struct, frozen=True):
+    """The answer of `describe`.
+
+    Attributes:
+        engine: What the engine says of itself.
+        actor: Id of this actor.
+        node: Host name of its node.
+        pid: Its process.
+    """
+
+    engine: EngineInfo
+    actor: str
+    node: str
+    pid: int
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_submission = msgspec.msgpack.Decoder(Submission).decode
+_engine_config: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+
+
+def _build(config: EngineConfig) -> Engine:
+    # Engines are imported where they run: the driver needs none of their libraries.
+    if isinstance(config, OpenVINOConfig):
+        from raylm.engines.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(config)
+    from raylm.engines.simulated import SimulatedEngine
+
+    return SimulatedEngine(config)
+
+
+class _Client:
+    """The mailbox of one pool."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        self.work: dict[int, _Work] = {}
+        self.dirty: list[_Work] = []  # has a delta that was not sent, each once
+        self.failures: list[tuple[int, ErrorMessage]] = []
+        self.num_polls = 0  # in flight; the lease runs while there is none
+        self.seen_at = time.monotonic()
+
+    def collect(self, statistics: EngineStatistics) -> bytes:
+        """Empty the mailbox into one message."""
+        now = time.monotonic()
+        reply = PollReply([], [], self.failures, statistics)
+        held_back = []
+        for work in self.dirty:
+            delta = work.pending
+            if delta is None:
+                continue
+            if not work.stream and delta.finish_reason is None and now - work.told_at < PROGRESS_S:
+                held_back.append(work)
+                continue
+            reply.keys.append(work.key)
+            reply.deltas.append(delta)
+            work.pending = None
+            work.told_at = now
+        self.dirty = held_back
+        self.failures = []
+        self.ready.clear()
+        return _encode(reply)
+
+
+class _Work:
+    """One request of one client."""
+
+    __slots__ = ("client", "finished", "key", "pending", "stream", "task", "told_at")
+
+    def __init__(self, client: _Client, key: int, *, stream: bool) -> None:
+        self.client = client
+        self.key = key
+        self.stream = stream
+        self.pending: Delta | None = None
+        self.finished = False
+        self.told_at = time.monotonic()
+        self.task: asyncio.Task[None] | None = None
+
+    def emit(self, delta: Delta) -> None:
+        """Take the next delta from the engine."""
+        if delta.finish_reason is not None:
+            self.finished = True
+            self.client.ready.set()
+        elif self.stream:
+            self.client.ready.set()
+        if self.pending is None:
+            self.pending = delta
+            self.client.dirty.append(self)
+        else:
+            self.pending.extend(delta)
+
+
+class EngineActor:
+    """Hosts one engine.
+
+    Args:
+        config: An `EngineConfig` as JSON.
+    """
+
+    def __init__(self, config: str) -> None:
+        self._engine = _build(_engine_config.validate_json(config))
+        self._clients: dict[str, _Client] = {}
+        self._starting: asyncio.Task[EngineInfo] | None = None
+        self._reaper: asyncio.Task[None] | None = None
+
+    async def describe(self) -> bytes:
+        """Return an `ActorInfo`, once the engine has started. The first call starts it.
+
+        Raises:
+            EngineStartError: it did not start. The next call tries again.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._engine.start())
+        try:
+            info = await asyncio.shield(self._starting)
+        except RaylmError:
+            self._starting = None
+            raise
+        if self._reaper is None:
+            self._reaper = asyncio.create_task(self._abort_lost_clients())
+        return _encode(ActorInfo(info, ray.get_runtime_context().get_actor_id(), socket.gethostname(), os.getpid()))
+
+    async def submit(self, client_id: str, submission: bytes) -> None:
+        """Start the requests of a `Submission`, and return at once. A key that is known is not started again."""
+        client = self._client(client_id)
+        batch = _decode_submission(submission)
+        for key, request in zip(batch.keys, batch.requests, strict=True):
+            if key not in client.work:
+                work = _Work(client, key, stream=request.stream)
+                client.work[key] = work
+                work.task = asyncio.create_task(self._run(work, request))
+
+    async def poll(self, client_id: str) -> bytes:
+        """Return a `PollReply` for a client, as soon as there is something in it or a heartbeat is due."""
+        client = self._client(client_id)
+        client.num_polls += 1
+        try:
+            async with asyncio.timeout(PROGRESS_S if client.work else HEARTBEAT_S):
+                await client.ready.wait()
+        except TimeoutError:
+            pass
+        finally:
+            client.num_polls -= 1
+            client.seen_at = time.monotonic()
+        return client.collect(self._engine.statistics())
+
+    async def cancel(self, client_id: str, keys: list[int]) -> None:
+        """Abort requests of a client. Keys that are unknown or done are passed over."""
+        client = self._client(client_id)
+        for key in keys:
+            if (work := client.work.get(key)) is not None and work.task is not None:
+                work.task.cancel()
+
+    async def forget(self, client_id: str) -> None:
+        """Abort all requests of a client and free its mailbox."""
+        if (client := self._clients.pop(client_id, None)) is not None:
+            for work in client.work.values():
+                if work.task is not None:
+                    work.task.cancel()
+
+    async def check_health(self) -> None:
+        """Raise the engine's own word when it cannot work."""
+        try:
+            await self._engine.check_health()
+        except ActorLostError as error:
+            self._die(error)
+
+    async def statistics(self) -> EngineStatistics:
+        """Return the engine's load."""
+        return self._engine.statistics()
+
+    async def close(self) -> None:
+        """Abort everything and close the engine; the actor can then be killed without leaving a process behind."""
+        for client_id in tuple(self._clients):
+            await self.forget(client_id)
+        if self._reaper is not None:
+            self._reaper.cancel()
+        await self._engine.close()
+
+    def _client(self, client_id: str) -> _Client:
+        client = self._clients.get(client_id)
+        if client is None:
+            client = self._clients[client_id] = _Client()
+        return client
+
+    async def _run(self, work: _Work, request: Request) -> None:
+        client = work.client
+        try:
+            await self._engine.generate(request, work.emit)
+            if not work.finished:
+                raise EngineError("the engine ended a request without a finish reason")  # noqa: TRY301
+        except ActorLostError as error:
+            self._die(error)
+        except RaylmError as error:
+            self._fail(work, error)
+        except Exception as error:  # noqa: BLE001
+            # The border to code that is not ours: nothing may get past it and leave a request without an end.
+            _log.exception("request %s met an error that its engine does not know", request.request_id)
+            self._fail(work, EngineError(f"{type(error).__name__} in the engine: {error}"))
+        finally:
+            del client.work[work.key]
+
+    def _fail(self, work: _Work, error: RaylmError) -> None:
+        work.client.failures.append((work.key, to_message(error)))
+        work.client.ready.set()
+
+    def _die(self, error: ActorLostError) -> None:
+        # Ray starts a new process for this actor; pools see a dead actor, the one case they handle anyway.
+        _log.error("the engine is dead for good, and so is this actor: %s", error)
+        logging.shutdown()
+        os._exit(1)
+
+    async def _abort_lost_clients(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 4)
+            now = time.monotonic()
+            for client_id, client in tuple(self._clients.items()):
+                if not client.num_polls and now - client.seen_at > LEASE_S:
+                    _log.warning("client %s has not polled for %.0f s: its requests are aborted", client_id, LEASE_S)
+                    await self.forget(client_id)

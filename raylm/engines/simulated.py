@@ -1,0 +1,209 @@
+"""SimulatedEngine: a clock, not a model. For benchmarks and fault tests; it calls itself `simulated` wherever it shows.
+
+Every running stream gets one token per tick of the clock. A token is a word and a space. Greedy text is a function of
+the prompt alone, so a test knows the answer without asking, and a continued request must arrive at the same text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from zlib import crc32
+
+from raylm._version import __version__
+from raylm.config import Fault, SimulatedConfig
+from raylm.engines.base import Emit
+try:
+    from raylm.engines.text import StopWords
+except ImportError:
+    StopWords = None
+from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
+from raylm.messages import Delta, EngineInfo, EngineStatistics, Request, Usage
+
+_SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "wu", "za")
+_WORDS = tuple(f"{first}{second} " for first in _SYLLABLES for second in _SYLLABLES)
+
+
+def prompt_text(request: Request) -> str:
+    """Return the text that the simulated engine takes a request's prompt to be."""
+    if request.prompt is not None:
+        return request.prompt
+    return "".join(f"{message.role}: {message.content}\n" for message in request.messages or ())
+
+
+def greedy_text(prompt: str, num_tokens: int) -> str:
+    """Return what the simulated engine answers to `prompt` when it decodes greedily, without stop words."""
+    seed = crc32(prompt.encode())
+    return "".join(_word(seed, index) for index in range(num_tokens))
+
+
+def _word(seed: int, index: int) -> str:
+    # Weyl sequence over the seed: cheap, and neighbouring indices differ.
+    return _WORDS[(seed + index * 0x9E3779B9 >> 8) & 255]
+
+
+class _Stream:
+    """One running request."""
+
+    __slots__ = ("done", "emit", "fault", "limit", "num_tokens", "prompt_tokens", "seed", "starts_at", "stop_words")
+
+    def __init__(self, emit: Emit, done: asyncio.Future[None]) -> None:
+        self.emit = emit
+        self.done = done
+        self.num_tokens = 0
+        self.limit = 0
+        self.prompt_tokens = 0
+        self.seed = 0
+        self.starts_at = 0.0
+        self.fault: Fault | None = None
+        self.stop_words: StopWords | None = None
+
+    def advance(self, count: int) -> None:
+        """Produce the next `count` tokens, fewer at the end."""
+        first = self.num_tokens
+        last = min(first + count, self.limit)
+        if count == 1:
+            text = _word(self.seed, first) if first < last else ""
+        else:
+            text = "".join(_word(self.seed, index) for index in range(first, last))
+        self.num_tokens = last
+        delta = Delta(text, last)
+        if self.stop_words is not None:
+            delta.text, hit = self.stop_words.feed(text)
+            if hit:
+                delta.finish_reason = "stop"
+            elif last == self.limit:
+                delta.text += self.stop_words.flush()
+        if last == self.limit and delta.finish_reason is None:
+            delta.finish_reason = "length"
+        if delta.finish_reason is not None:
+            delta.usage = Usage(self.prompt_tokens, last)
+            self.done.set_result(None)
+        self.emit(delta)
+
+
+class SimulatedEngine:
+    """Answers at a fixed rate with words that depend on the prompt.
+
+    Args:
+        config: Rate, capacity and faults.
+    """
+
+    def __init__(self, config: SimulatedConfig) -> None:
+        self._config = config
+        self._streams: set[_Stream] = set()
+        self._num_tokens = 0
+        self._hung = False
+        self._clock: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+
+    async def start(self) -> EngineInfo:
+        """Start the clock."""
+        self._clock = asyncio.create_task(self._tick())
+        config = self._config
+        return EngineInfo(
+            engine="simulated",
+            engine_version=__version__,
+            model=config.model_name,
+            max_context=config.max_context,
+            capacity=config.capacity,
+            device="clock",
+        )
+
+    async def generate(self, request: Request, emit: Emit) -> None:
+        """Run one stream until its last token. See `engines.base.Engine.generate`."""
+        stream = self._open(request, emit)
+        self._streams.add(stream)
+        self._work.set()
+        try:
+            await stream.done
+        finally:
+            self._streams.discard(stream)
+
+    def _open(self, request: Request, emit: Emit) -> _Stream:
+        config, prompt = request.config, prompt_text(request)
+        if not prompt.strip():
+            raise InvalidRequestError("the prompt is empty; send at least one word")
+        prompt_tokens = len(prompt.split())
+        room = self._config.max_context - prompt_tokens
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens and the context of {self._config.model_name} holds "
+                f"{self._config.max_context}, answer included; shorten the prompt"
+            )
+        loop = asyncio.get_running_loop()
+        stream = _Stream(emit, loop.create_future())
+        stream.prompt_tokens = prompt_tokens
+        stream.limit = min(config.max_new_tokens, room)
+        stream.starts_at = loop.time() + self._config.first_token_s
+        stream.seed = crc32(prompt.encode())
+        if not config.greedy:
+            stream.seed ^= crc32(str(random.random() if config.seed is None else config.seed).encode())  # noqa: S311
+        stream.fault = next((fault for fault in self._config.faults if fault.match in prompt), None)
+        if config.stop_words:
+            stream.stop_words = StopWords(config.stop_words)
+        if request.generated is not None:
+            stream.num_tokens = min(request.generated.num_tokens, stream.limit)
+            if stream.stop_words is not None:
+                stream.stop_words.feed("".join(_word(stream.seed, index) for index in range(stream.num_tokens)))
+        return stream
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        interval_s = 1 / self._config.tokens_per_s
+        while True:
+            if not self._streams:
+                self._work.clear()
+                await self._work.wait()
+                ticked_at = loop.time()
+            # A late wake-up gives every stream the tokens it missed: the rate holds, like that of a real decode loop
+            # that does not wait for its reader.
+            await asyncio.sleep(ticked_at + interval_s - loop.time())
+            count = max(1, int((loop.time() - ticked_at) / interval_s))
+            ticked_at += count * interval_s
+            self._advance(count, ticked_at)
+            if self._hung:
+                return
+
+    def _advance(self, count: int, now: float) -> None:
+        for stream in tuple(self._streams):
+            if stream.starts_at > now or stream.done.done():
+                continue
+            before = stream.num_tokens
+            fault = stream.fault
+            if fault is not None and before + count >= fault.at_token:
+                if fault.at_token - 1 > before:
+                    stream.advance(fault.at_token - 1 - before)
+                if not stream.done.done():
+                    self._strike(fault, stream)
+                continue
+            stream.advance(count)
+            self._num_tokens += stream.num_tokens - before
+
+    def _strike(self, fault: Fault, stream: _Stream) -> None:
+        if fault.action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.action == "hang":
+            self._hung = True
+        else:
+            stream.done.set_exception(EngineError(f"simulated failure at token {fault.at_token}"))
+
+    async def check_health(self) -> None:
+        """Raise EngineError once a `hang` fault has struck."""
+        if self._hung:
+            raise EngineError("the simulated engine hangs, as its configuration asked")
+
+    def statistics(self) -> EngineStatistics:
+        """Return the number of running streams and of tokens since the start."""
+        return EngineStatistics(num_running=len(self._streams), num_tokens=self._num_tokens)
+
+    async def close(self) -> None:
+        """Stop the clock; streams still running fail."""
+        if self._clock is not None:
+            self._clock.cancel()
+            await asyncio.gather(self._clock, return_exceptions=True)
+        for stream in self._streams:
+            if not stream.done.done():
+                stream.done.set_exception(EngineError("the engine was closed"))

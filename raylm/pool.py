@@ -1,0 +1,913 @@
+"""Pool: the one client of engine actors. Plain asyncio, in whatever process needs answers.
+
+The life of a request. It waits in a queue of the pool, not at an actor, until a slot has room (`_dispatch`). It travels
+to the slot's actor together with everything else dispatched in the same loop tick (`_Link.flush`). Its deltas come back
+in the replies of the link's one long poll (`_Link.on_reply`), and its end releases the room (`_settle`).
+
+What can go wrong with an attempt, and what follows:
+
+1.  The actor dies (`_Link.lost`). Every request there goes back to the head of the queue and continues elsewhere after
+    the tokens it already has. Any of them may be what killed the actor, so each is under suspicion until its next
+    attempt has got past the point where the last one was lost: one trial in a slot at a time. If an actor dies with a
+    request on trial, that request is what kills actors, and it alone fails.
+2.  The engine raises. A wrong request fails; anything that may work elsewhere goes back to the queue.
+3.  Nothing is heard for too long (`_watch`). The attempt is cancelled and the request goes elsewhere. The actor gets a
+    health check, and is replaced if it does not pass.
+
+Deltas carry the key of their attempt, and a key is forgotten with its attempt, so late deltas of a lost attempt find
+nobody. All state belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import ray
+import ray.exceptions
+
+from raylm.actors.engine_actor import PROGRESS_S, ActorInfo, PollReply, Submission
+from raylm.config import PoolConfig
+from raylm.errors import (
+    ActorLostError,
+    EngineStartError,
+    ErrorMessage,
+    InvalidRequestError,
+    NoActorError,
+    PoisonRequestError,
+    PoolSaturatedError,
+    RaylmError,
+    RequestTimeoutError,
+    from_message,
+)
+from raylm.messages import Completion, Delta, EngineStatistics, Generated, Lane, Receipt, Request, Usage
+from raylm.routing import Reservation, Router
+
+_TRIAL_S = 0.25
+"""A stream on trial is acquitted this long after its first new token. An actor that dies takes with it the tokens of its
+last poll, and the attempt has to get past those: several polls, and still short beside a prefill."""
+
+_MAX_START_FAILURES = 3
+"""A slot whose engine fails to start this often in a row counts as failed."""
+
+_HISTORY = 512
+"""First-token times that the watchdog's bound is learnt from."""
+
+_HISTORY_FACTOR = 8
+"""The bound is this many times the slowest of them."""
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+_decode_reply = msgspec.msgpack.Decoder(PollReply).decode
+_decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
+
+
+class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot at one moment.
+
+    Attributes:
+        slot: Its number.
+        state: `starting`, `up`, `suspected`, `down` or `failed`.
+        model: The model it serves, or "" before it has started.
+        num_running: Requests of this pool at the actor.
+        capacity: How many it takes.
+        outstanding_tokens: Tokens those requests may still need.
+        num_deaths: Actors lost in this slot.
+        engine: The engine's own figures, as of the last poll.
+    """
+
+    slot: int
+    state: str
+    model: str
+    num_running: int
+    capacity: int
+    outstanding_tokens: int
+    num_deaths: int
+    engine: EngineStatistics | None
+
+
+class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool at one moment, and what it has done so far.
+
+    Attributes:
+        slots: Its slots, by number.
+        num_waiting: Requests in the queue.
+        num_running: Requests at actors.
+        num_finished: Requests answered.
+        num_failed: Requests that ended with an error.
+        num_moved: Attempts that were lost and taken up elsewhere.
+        num_tokens: Tokens of answered requests.
+        first_token_timeout_s: The watchdog's bound at present.
+    """
+
+    slots: tuple[SlotStatistics, ...]
+    num_waiting: int
+    num_running: int
+    num_finished: int
+    num_failed: int
+    num_moved: int
+    num_tokens: int
+    first_token_timeout_s: float
+
+
+class Stream:
+    """The deltas of one request, in order: an async iterator, and an async context manager that aborts on exit.
+
+    Attributes:
+        request: The request.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_avoid",
+        "_deadline",
+        "_deltas",
+        "_ended",
+        "_enqueued_at",
+        "_error",
+        "_fruitless",
+        "_heard_at",
+        "_key",
+        "_lane",
+        "_link",
+        "_moved",
+        "_num_read",
+        "_on_trial",
+        "_pool",
+        "_queue_s",
+        "_receipt",
+        "_reservation",
+        "_session_id",
+        "_spoke",
+        "_suspect",
+        "_tokens",
+        "_waiter",
+        "request",
+    )
+
+    def __init__(self, pool: Pool, request: Request, lane: Lane, session_id: str | None) -> None:
+        self.request = request
+        self._pool = pool
+        self._lane: Lane = lane
+        self._session_id = session_id
+        # What the slot has to do for it. Four characters a token: good enough to compare loads.
+        length = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
+        self._tokens = length // 4 + request.config.max_new_tokens
+        self._deltas: list[Delta] = []  # of all attempts; what an attempt of its own has to continue
+        self._num_read = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RaylmError | None = None
+        self._receipt: Receipt | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._ended: Callable[[], None] | None = None  # called once, when it is done
+        # The current attempt:
+        self._link: _Link | None = None
+        self._key = 0
+        self._reservation: Reservation | None = None
+        self._spoke = False  # it has produced a token
+        self._on_trial = False
+        self._heard_at = 0.0
+        # All attempts:
+        self._attempts = 0
+        self._fruitless = 0  # in a row, without a new token
+        self._avoid: set[int] = set()
+        self._suspect = False
+        self._moved = ""
+        self._enqueued_at = 0.0
+        self._queue_s = 0.0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """Return the next delta.
+
+        Raises:
+            RaylmError: the request failed; deltas that came before the failure were returned first.
+        """
+        while self._num_read == len(self._deltas):
+            if self.done:
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            await self._news()
+        self._num_read += 1
+        return self._deltas[self._num_read - 1]
+
+    @property
+    def done(self) -> bool:
+        """True once the request has been answered or has failed."""
+        return self._receipt is not None or self._error is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self._deltas[-1].num_tokens if self._deltas else 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join([delta.text for delta in self._deltas])
+
+    async def completion(self) -> Completion:
+        """Wait for the end and return the whole answer.
+
+        Raises:
+            RaylmError: the request failed.
+        """
+        while not self.done:
+            await self._news()
+        return self._result()
+
+    def _result(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        last = self._deltas[-1]
+        if self._receipt is None or last.finish_reason is None:
+            raise AssertionError("unreachable: a stream that is done has a receipt and a last delta")
+        return Completion(
+            request_id=self.request.request_id,
+            text=self.text,
+            finish_reason=last.finish_reason,
+            usage=self._receipt.usage,
+            receipt=self._receipt,
+            token_ids=[token for delta in self._deltas for token in delta.token_ids],
+            logprobs=[logprob for delta in self._deltas for logprob in delta.logprobs],
+        )
+
+    def abort(self) -> None:
+        """End the request now, also inside the engine. Does nothing once it is done."""
+        self._pool._abandon(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    async def _news(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("a stream has one reader at a time")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _generated(self) -> Generated | None:
+        if not self._deltas:
+            return self.request.generated
+        before = self.request.generated
+        text, token_ids = self.text, [token for delta in self._deltas for token in delta.token_ids]
+        if before is not None:
+            text, token_ids = before.text + text, before.token_ids + token_ids
+        # Ids that do not cover the whole text are of no use to an engine.
+        return Generated(text, token_ids if len(token_ids) == self.num_tokens else [], self.num_tokens)
+
+
+class _Link:
+    """A pool's connection to the actor in one slot, across the actor's restarts."""
+
+    def __init__(self, pool: Pool, number: int, actor: Any) -> None:
+        self.pool = pool
+        self.number = number
+        self.actor = actor
+        self.state = "starting"
+        self.info: ActorInfo | None = None
+        self.statistics: EngineStatistics | None = None
+        self.num_deaths = 0
+        self.streams: dict[int, Stream] = {}  # by key of their attempt
+        self.client_id = ""
+        self.outbox: list[Stream] = []
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
+        self.suspicion: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Connect, poll until the actor is lost, and again."""
+        connections = itertools.count()
+        num_failures = 0
+        while True:
+            try:
+                info = _decode_info(await self.actor.describe.remote())
+            except ray.exceptions.ActorDiedError as error:
+                self._failed(EngineStartError(f"the actor of slot {self.number} is gone: {_first_line(error)}"))
+                return
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.1)  # it is being restarted
+                continue
+            except ray.exceptions.RayTaskError as error:
+                cause = _unwrap(error)
+                num_failures += 1
+                if num_failures >= _MAX_START_FAILURES or not self.settled.done():
+                    self._failed(cause)
+                    return
+                _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
+                await asyncio.sleep(2.0**num_failures)
+                continue
+            num_failures = 0
+            # A new name for every connection: what the actor still does for the old one is aborted by its lease.
+            self.client_id = f"{self.pool.pool_id}-{self.number}.{next(connections)}"
+            self.info = info
+            self.state = "up"
+            self.pool._slot_up(self)
+            if not self.settled.done():
+                self.settled.set_result(None)
+            try:
+                while True:
+                    self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
+            except ray.exceptions.RayActorError as error:
+                self.lost(_first_line(error))
+
+    def on_reply(self, reply: PollReply) -> None:
+        """Hand every delta to its stream."""
+        now = self.pool.loop.time()
+        self.statistics = reply.statistics
+        streams = self.streams
+        for key, delta in zip(reply.keys, reply.deltas, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                continue  # of an attempt that was given up
+            stream._deltas.append(delta)
+            if not stream._spoke:
+                self.pool._first_token(stream, now)
+            stream._heard_at = now
+            if delta.finish_reason is not None:
+                self.pool._finish(stream, delta)
+            waiter = stream._waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+        for key, failure in reply.failures:
+            if (stream := streams.get(key)) is not None:
+                self.pool._attempt_failed(stream, failure)
+
+    def send(self, stream: Stream) -> None:
+        """Put a stream into the call that leaves at the end of this loop tick."""
+        if not self.outbox:
+            self.pool.loop.call_soon(self.flush)
+        self.outbox.append(stream)
+
+    def flush(self) -> None:
+        """Submit the outbox in one call."""
+        batch = [(stream._key, stream) for stream in self.outbox if stream._link is self]
+        self.outbox = []
+        if not batch:
+            return
+        requests = []
+        for _, stream in batch:
+            request = stream.request
+            if stream._attempts > 1:
+                request = msgspec.structs.replace(request, generated=stream._generated())
+            requests.append(request)
+        submission = _encode(Submission([key for key, _ in batch], requests))
+        self.pool._own(self._submit(self.actor.submit.remote(self.client_id, submission), batch))
+
+    async def _submit(self, call: Any, batch: list[tuple[int, Stream]]) -> None:
+        try:
+            await call
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            # Not a death yet: the poll in flight tells. These were never started, or will find nobody.
+            for key, stream in batch:
+                if self.streams.get(key) is stream:
+                    self.pool._move(stream, "unreachable", ActorLostError(f"slot {self.number}: {_first_line(error)}"))
+
+    def cancel(self, keys: list[int]) -> None:
+        """Abort attempts at the actor."""
+        self.pool._own(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
+
+    async def _quietly(self, call: Any) -> None:
+        with suppress(ray.exceptions.RayActorError):  # a dead actor has nothing left to abort
+            await call
+
+    def lost(self, why: str) -> None:
+        """Close the slot and move everything that was in it."""
+        self.state = "down"
+        self.num_deaths += 1
+        self.statistics = None
+        _log.warning("slot %d lost its actor with %d requests in it: %s", self.number, len(self.streams), why)
+        self.pool._slot_down(self, why)
+
+    def _failed(self, error: RaylmError) -> None:
+        self.state = "failed"
+        if not self.settled.done():
+            self.settled.set_exception(error)
+        self.pool._slot_failed(error)
+
+
+class Pool:
+    """Chooses an actor for every request, sends, collects, retries and fails over.
+
+    Use as an async context manager, or call `aclose`.
+
+    Args:
+        config: Limits and bounds.
+        replace: Called with a slot number when its actor fails a health check. It ends the actor's process; where the
+            actor is restarted, the pool finds the new one by itself.
+    """
+
+    def __init__(self, config: PoolConfig | None = None, replace: Callable[[int], None] | None = None) -> None:
+        self.config = config or PoolConfig()
+        self.loop = asyncio.get_running_loop()
+        self.pool_id = uuid.uuid4().hex[:12]
+        self.router = Router(self.config.max_pins)
+        self._replace = replace
+        self._links: dict[int, _Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._suspects: deque[Stream] = deque()
+        self._lanes: dict[Lane, deque[Stream]] = {"interactive": deque(), "batch": deque()}
+        self._pinned: dict[int, deque[Stream]] = {}  # waiting for the one slot they are pinned to
+        self._num_waiting = 0
+        self._batch_credit = 0.0
+        self._dispatch_due = False
+        self._keys = itertools.count(1)
+        self._first_tokens: deque[float] = deque(maxlen=_HISTORY)  # seconds
+        self._first_token_timeout_s = self.config.first_token_timeout_s
+        self._last_start_error: RaylmError | None = None
+        self._num_finished = self._num_failed = self._num_moved = self._num_tokens = 0
+        self._closed = False
+        self._own(self._watch())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # The slots
+
+    def attach(self, number: int, actor: Any) -> asyncio.Future[None]:
+        """Give a slot its actor.
+
+        Args:
+            number: The slot's number; stable across restarts of its actor.
+            actor: Handle of an `EngineActor`.
+
+        Returns:
+            A future that is done when the slot is up, or carries the EngineStartError that kept it down.
+        """
+        link = self._links[number] = _Link(self, number, actor)
+        self._own(link.run())
+        return link.settled
+
+    async def aclose(self) -> None:
+        """Fail what is still waiting or running, and leave the actors. Ends every task of this pool."""
+        if self._closed:
+            return
+        self._closed = True
+        error = NoActorError("the pool was closed")
+        running = [stream for link in self._links.values() for stream in link.streams.values()]
+        for stream in [*self._waiting(), *running]:
+            self._settle(stream, error=error)
+        links = [link for link in self._links.values() if link.state in {"up", "suspected"}]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        farewells = [link._quietly(link.actor.forget.remote(link.client_id)) for link in links]
+        try:
+            async with asyncio.timeout(self.config.health_timeout_s):
+                await asyncio.gather(*farewells)
+        except TimeoutError:
+            _log.warning("not every actor took note that the pool was closed; its lease ends what is left")
+
+    # Requests
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        lane: Lane = "interactive",
+        session_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Start a request and return its deltas as they come.
+
+        Args:
+            request: The request.
+            lane: Which queue it waits in.
+            session_id: Keeps requests of one name in one slot.
+            timeout_s: Limit on queue and generation together, in seconds; None: no limit.
+
+        Raises:
+            PoolSaturatedError: the queue is full.
+            NoActorError: the pool is closed, or none of its slots can be started.
+        """
+        if self._closed:
+            raise NoActorError("the pool was closed")
+        limit = self.config.max_queued
+        if limit is not None and self._num_waiting >= limit and not self.router.has_room():
+            raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
+        if self._links and all(link.state == "failed" for link in self._links.values()):
+            raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
+        stream = Stream(self, request, lane, session_id)
+        if timeout_s is not None:
+            stream._deadline = self.loop.call_later(timeout_s, self._expire, stream, timeout_s)
+        self._enqueue(stream)
+        return stream
+
+    async def generate(
+        self,
+        request: Request,
+        *,
+        lane: Lane = "interactive",
+        session_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Completion:
+        """Run a request to its end. Arguments and errors are those of `stream`."""
+        request = msgspec.structs.replace(request, stream=False)
+        async with self.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
+            return await stream.completion()
+
+    async def generate_many(
+        self, requests: Sequence[Request], *, lane: Lane = "batch", timeout_s: float | None = None
+    ) -> list[Completion | RaylmError]:
+        """Run many requests, the longest first, so that no long one is left for the end.
+
+        Returns:
+            One entry for each request, in the order of `requests`: its completion or the error it ended with.
+        """
+        results: list[Completion | RaylmError | None] = [None] * len(requests)
+        async for index, result in self.as_completed(requests, lane=lane, timeout_s=timeout_s):
+            results[index] = result
+        return [result for result in results if result is not None]
+
+    async def as_completed(
+        self, requests: Sequence[Request], *, lane: Lane = "batch", timeout_s: float | None = None
+    ) -> AsyncIterator[tuple[int, Completion | RaylmError]]:
+        """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others."""
+        ended: asyncio.Queue[int] = asyncio.Queue()
+        streams: dict[int, Stream] = {}
+        try:
+            for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
+                request = msgspec.structs.replace(requests[index], stream=False)
+                stream = streams[index] = self.stream(request, lane=lane, timeout_s=timeout_s)
+                stream._ended = partial(ended.put_nowait, index)
+            for _ in requests:
+                index = await ended.get()
+                stream = streams.pop(index)
+                yield index, stream._error or stream._result()
+        finally:
+            for stream in streams.values():
+                stream.abort()
+
+    # What the pool says of itself
+
+    def statistics(self) -> PoolStatistics:
+        """Return counts and loads at this moment."""
+        slots = tuple(
+            SlotStatistics(
+                slot=number,
+                state=link.state,
+                model=link.info.engine.model if link.info else "",
+                num_running=len(link.streams),
+                capacity=link.info.engine.capacity if link.info else 0,
+                outstanding_tokens=self.router.load(number) if link.info else 0,
+                num_deaths=link.num_deaths,
+                engine=link.statistics,
+            )
+            for number, link in sorted(self._links.items())
+        )
+        return PoolStatistics(
+            slots=slots,
+            num_waiting=self._num_waiting,
+            num_running=sum(len(link.streams) for link in self._links.values()),
+            num_finished=self._num_finished,
+            num_failed=self._num_failed,
+            num_moved=self._num_moved,
+            num_tokens=self._num_tokens,
+            first_token_timeout_s=self._first_token_timeout_s,
+        )
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        up = [slot for slot in now.slots if slot.state == "up"]
+        models = ", ".join(sorted({slot.model for slot in now.slots if slot.model})) or "no model"
+        return (
+            f"<Pool {models}: {len(up)} of {len(now.slots)} slots up, {now.num_running} running, "
+            f"{now.num_waiting} waiting, {now.num_finished} finished, {now.num_moved} moved, {now.num_failed} failed>"
+        )
+
+    # Queue and dispatch
+
+    def _waiting(self) -> Iterable[Stream]:
+        queues = [self._suspects, *self._lanes.values(), *self._pinned.values()]
+        return [stream for queue in queues for stream in queue if not stream.done]
+
+    def _queue_of(self, stream: Stream) -> deque[Stream]:
+        if stream._suspect:
+            return self._suspects
+        if stream._session_id is not None and (number := self.router.pinned(stream._session_id)) is not None:
+            return self._pinned.setdefault(number, deque())
+        return self._lanes[stream._lane]
+
+    def _enqueue(self, stream: Stream, *, first: bool = False) -> None:
+        stream._enqueued_at = self.loop.time()
+        queue = self._queue_of(stream)
+        if first:
+            queue.appendleft(stream)
+        else:
+            queue.append(stream)
+        self._num_waiting += 1
+        self._dispatch_soon()
+
+    def _dispatch_soon(self) -> None:
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            self.loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Send as much as fits: sessions to their own slots, then suspects, then the lanes."""
+        self._dispatch_due = False
+        for queue in self._pinned.values():
+            self._drain(queue, in_order=True)
+        self._drain(self._suspects, in_order=True)
+        interactive, batch = self._lanes["interactive"], self._lanes["batch"]
+        while interactive and batch and self.router.has_room():
+            self._batch_credit += self.config.batch_share
+            if self._batch_credit >= 1:
+                self._batch_credit -= 1
+                self._drain(batch, most=1)
+            else:
+                self._drain(interactive, most=1)
+        self._drain(interactive)
+        self._drain(batch)
+
+    def _drain(self, queue: deque[Stream], *, most: int | None = None, in_order: bool = False) -> None:
+        """Send from the head of a queue until it is empty, or nothing has room, or `most` are sent.
+
+        Args:
+            queue: The queue.
+            most: How many to send at most; None: no limit.
+            in_order: Stop at the first that has to wait, because those behind it wait for the same.
+        """
+        kept = []  # have to wait for a slot that is not among those with room
+        while queue and most != 0 and self.router.has_room():
+            stream = queue.popleft()
+            if stream.done:
+                continue
+            reservation = self.router.choose(stream._tokens, stream._session_id, stream._avoid, trial=stream._suspect)
+            if reservation is None:
+                kept.append(stream)
+                if in_order:
+                    break
+                continue
+            self._num_waiting -= 1
+            self._start(stream, reservation)
+            if most is not None:
+                most -= 1
+        queue.extendleft(reversed(kept))
+
+    def _start(self, stream: Stream, reservation: Reservation) -> None:
+        now = self.loop.time()
+        link = self._links[reservation.slot]
+        stream._queue_s += now - stream._enqueued_at
+        stream._reservation = reservation
+        stream._link = link
+        stream._key = next(self._keys)
+        stream._attempts += 1
+        stream._spoke = False
+        stream._on_trial = stream._suspect
+        stream._heard_at = now
+        link.streams[stream._key] = stream
+        link.send(stream)
+
+    # The end of an attempt
+
+    def _leave(self, stream: Stream) -> None:
+        """Take a stream off its slot. The one place where room is released."""
+        link, reservation = stream._link, stream._reservation
+        if link is None or reservation is None:
+            return
+        del link.streams[stream._key]
+        self.router.release(reservation)
+        stream._link = None
+        stream._reservation = None
+        stream._on_trial = False
+        self._dispatch_soon()
+
+    def _settle(self, stream: Stream, *, receipt: Receipt | None = None, error: RaylmError | None = None) -> None:
+        """End a request. The one place where it becomes done."""
+        if stream._link is None:
+            self._num_waiting -= 1  # it is still in a queue, which passes over what is done
+        self._leave(stream)
+        stream._receipt = receipt
+        stream._error = error
+        if stream._deadline is not None:
+            stream._deadline.cancel()
+        if error is not None:
+            self._num_failed += 1
+        stream._wake()
+        if stream._ended is not None:
+            stream._ended()
+
+    def _finish(self, stream: Stream, last: Delta) -> None:
+        link, reservation = stream._link, stream._reservation
+        if link is None or link.info is None or reservation is None:
+            raise AssertionError("unreachable: only a running stream has deltas")
+        info = link.info
+        self._num_finished += 1
+        self._num_tokens += last.num_tokens
+        receipt = Receipt(
+            slot=link.number,
+            actor=info.actor,
+            node=info.node,
+            why=f"moved:{stream._moved}" if stream._moved else reservation.why,
+            queue_ms=round(stream._queue_s * 1e3, 3),
+            attempts=stream._attempts,
+            usage=last.usage or Usage(0, last.num_tokens),
+            engine=info.engine.engine,
+            engine_version=info.engine.engine_version,
+            model=info.engine.model,
+        )
+        self._settle(stream, receipt=receipt)
+
+    def _attempt_failed(self, stream: Stream, failure: ErrorMessage) -> None:
+        error = from_message(failure)
+        if not error.retryable or isinstance(error, InvalidRequestError):
+            self._settle(stream, error=error)
+        else:
+            self._move(stream, "failed", error)
+
+    def _move(self, stream: Stream, cause: str, error: RaylmError, *, suspect: bool = False) -> None:
+        """Give up the current attempt and queue the next one, or fail with `error` when none is left."""
+        link = stream._link
+        if link is None:
+            return
+        stream._fruitless = 0 if stream._spoke else stream._fruitless + 1
+        if stream._fruitless >= self.config.max_attempts:
+            self._settle(stream, error=error)
+            return
+        self._leave(stream)
+        if cause != "died":
+            stream._avoid.add(link.number)
+        stream._moved = cause
+        stream._suspect = suspect
+        self._num_moved += 1
+        self._enqueue(stream, first=True)
+
+    def _abandon(self, stream: Stream) -> None:
+        """Abort a request that nobody waits for any more."""
+        if stream.done:
+            return
+        if stream._link is not None:
+            stream._link.cancel([stream._key])
+        self._settle(stream, error=RequestTimeoutError("the request was aborted by its client"))
+
+    def _expire(self, stream: Stream, timeout_s: float) -> None:
+        if stream.done:
+            return
+        if stream._link is not None:
+            stream._link.cancel([stream._key])
+        if any(link.state in {"up", "suspected"} for link in self._links.values()):
+            error: RaylmError = RequestTimeoutError(
+                f"not done within {timeout_s:g} s ({stream.num_tokens} tokens so far); allow more time or ask for less"
+            )
+        else:
+            error = NoActorError(f"no actor came up within {timeout_s:g} s", retry_after_s=5.0)
+        self._settle(stream, error=error)
+
+    # The state of slots
+
+    def _slot_up(self, link: _Link) -> None:
+        if link.info is None:
+            raise AssertionError("unreachable: a slot comes up with its description")
+        self.router.up(link.number, link.info.engine.capacity)
+        self._dispatch_soon()
+
+    def _slot_down(self, link: _Link, why: str) -> None:
+        self.router.down(link.number)
+        streams = list(link.streams.values())
+        unsent = {stream._key for stream in link.outbox}
+        link.outbox = []
+        on_trial = next((stream for stream in streams if stream._on_trial), None)
+        if on_trial is not None:
+            self._settle(
+                on_trial,
+                error=PoisonRequestError(
+                    f"two actors died while they worked on request {on_trial.request.request_id}; "
+                    "it is not tried on a third. Look into the actors' logs for what it does to the engine"
+                ),
+            )
+        # From the last to the first, each to the head of its queue: order is kept.
+        for stream in reversed(streams):
+            if stream is not on_trial:
+                suspect = on_trial is None and stream._key not in unsent
+                self._move(stream, "died", ActorLostError(f"slot {link.number}: {why}"), suspect=suspect)
+        # Sessions that waited for this slot go to any other now.
+        for stream in self._pinned.pop(link.number, ()):
+            if not stream.done:
+                self._queue_of(stream).append(stream)
+        self._dispatch_soon()
+
+    def _slot_failed(self, error: RaylmError) -> None:
+        self._last_start_error = error
+        if all(link.state == "failed" for link in self._links.values()):
+            for stream in self._waiting():
+                self._settle(stream, error=NoActorError(f"no engine could be started; the last one said: {error}"))
+
+    def _first_token(self, stream: Stream, now: float) -> None:
+        stream._spoke = True
+        if stream._on_trial:
+            # What was lost with the actor is what it produced since it last told of this request.
+            self.loop.call_later(
+                _TRIAL_S if stream.request.stream else 2 * PROGRESS_S, self._acquit, stream, stream._key
+            )
+        self._first_tokens.append(now - stream._heard_at)
+
+    def _acquit(self, stream: Stream, key: int) -> None:
+        if stream._key == key and stream._on_trial and stream._reservation is not None:
+            stream._on_trial = stream._suspect = False
+            self.router.acquit(stream._reservation)
+            self._dispatch_soon()
+
+    async def _watch(self) -> None:
+        """Move requests that nothing is heard of, and have their actors' health checked."""
+        gap_s = self.config.token_gap_timeout_s
+        interval_s = min(1.0, gap_s / 4, self.config.first_token_timeout_s / 4)
+        while True:
+            await asyncio.sleep(interval_s)
+            now = self.loop.time()
+            slowest = max(self._first_tokens, default=0)
+            self._first_token_timeout_s = max(self.config.first_token_timeout_s, _HISTORY_FACTOR * slowest)
+            for link in self._links.values():
+                silent = []
+                for stream in link.streams.values():
+                    bound_s = gap_s if stream._spoke else self._first_token_timeout_s
+                    if not stream.request.stream:
+                        bound_s += PROGRESS_S
+                    if now - stream._heard_at > bound_s:
+                        silent.append(stream)
+                if not silent:
+                    continue
+                _log.warning("slot %d is silent about %d requests: they move", link.number, len(silent))
+                link.cancel([stream._key for stream in silent])
+                for stream in silent:
+                    error = RequestTimeoutError(
+                        f"{self.config.max_attempts} actors in a row gave no token within {bound_s:.1f} s; "
+                        "look at their health, or raise first_token_timeout_s or token_gap_timeout_s"
+                    )
+                    self._move(stream, "silent", error)
+                if link.suspicion is None or link.suspicion.done():
+                    link.suspicion = self._own(self._suspect(link))
+
+    async def _suspect(self, link: _Link) -> None:
+        """Give a silent actor no new work until it has passed a health check; have it replaced if it does not."""
+        link.state = "suspected"
+        self.router.suspend(link.number, suspended=True)
+        client_id = link.client_id
+        while link.client_id == client_id and link.state == "suspected":
+            try:
+                async with asyncio.timeout(self.config.health_timeout_s):
+                    await link.actor.check_health.remote()
+            except ray.exceptions.RayActorError:
+                return  # the poll in flight tells too
+            except (TimeoutError, ray.exceptions.RayTaskError) as error:
+                _log.warning("slot %d fails its health check: %s", link.number, _first_line(error) or "no answer")
+                if self._replace is not None:
+                    self._replace(link.number)
+                    return
+                await asyncio.sleep(self.config.health_timeout_s)
+            else:
+                break
+        if link.client_id == client_id and link.state == "suspected":
+            link.state = "up"
+            self.router.suspend(link.number, suspended=False)
+            self._dispatch_soon()
+
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a task that lives no longer than the pool, and report it if it breaks."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._disown)
+        return task
+
+    def _disown(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.loop.call_exception_handler({"message": "a task of the pool broke", "exception": error, "task": task})
+
+
+def _unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
+    """Return the error that the actor raised, without Ray's wrapping."""
+    cause = error.cause
+    return cause if isinstance(cause, RaylmError) else EngineStartError(f"{type(cause).__name__}: {cause}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,223 @@
+"""Which slot takes a request. Pure and synchronous: no Ray, no await, no clock.
+
+Choosing and reserving are one step, so two requests can never be promised the same room; releasing happens once. The
+rules, in order:
+
+1.  A pinned session goes to its slot, and waits for it while the slot is up but full.
+2.  Everything else, and a session whose slot is down, goes to the least loaded slot that is up and has room. Load is
+    the number of outstanding tokens.
+3.  A session that had to leave its slot is pinned to the new one. No other session moves.
+4.  A request under suspicion (`trial`) shares a slot with no other request under suspicion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+LEAST_LOADED: Final = "least-loaded"
+PINNED: Final = "pinned"
+MOVED_DIED: Final = "moved:died"
+
+
+class Reservation:
+    """Room for one request in one slot. Give it back with `Router.release`.
+
+    Attributes:
+        slot: The slot's number.
+        tokens: Outstanding tokens that it stands for.
+        why: `least-loaded`, `pinned`, or `moved:died` for a session whose slot is down.
+        trial: Whether the request is under suspicion.
+    """
+
+    __slots__ = ("incarnation", "released", "slot", "tokens", "trial", "why")
+
+    def __init__(self, slot: int, incarnation: int, tokens: int, why: str, *, trial: bool) -> None:
+        self.slot = slot
+        self.incarnation = incarnation
+        self.tokens = tokens
+        self.why = why
+        self.trial = trial
+        self.released = False
+
+
+class _Slot:
+    __slots__ = ("capacity", "incarnation", "load", "running", "stamp", "trial", "up")
+
+    def __init__(self) -> None:
+        self.up = False
+        self.capacity = 0
+        self.running = 0
+        self.load = 0
+        self.trial = False
+        # Reservations of an earlier incarnation died with it; releasing one changes nothing.
+        self.incarnation = 0
+        # Counts changes, so that heap entries written before the last one are known to be stale.
+        self.stamp = 0
+
+
+class Router:
+    """The slots of one pool, their load, and the sessions pinned to them.
+
+    Invariants: 0 <= running <= capacity and load >= 0 for every slot; both are 0 once every reservation is released.
+
+    Args:
+        max_pins: Sessions remembered; the least recently used pin is forgotten.
+    """
+
+    def __init__(self, max_pins: int = 1_000_000) -> None:
+        self._slots: dict[int, _Slot] = {}
+        self._max_pins = max_pins
+        self._pins: dict[str, int] = {}  # in order of use, the least recent first
+        # (load, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
+        self._heap: list[tuple[int, int, int]] = []
+
+    def up(self, number: int, capacity: int) -> None:
+        """Open a slot, known or not, with no load and room for `capacity` requests."""
+        slot = self._slots.setdefault(number, _Slot())
+        slot.up, slot.capacity = True, capacity
+        slot.running = slot.load = 0
+        slot.trial = False
+        slot.incarnation += 1
+        self._changed(number, slot)
+
+    def down(self, number: int) -> None:
+        """Close a slot. Its reservations are void; sessions pinned to it move when they next ask."""
+        slot = self._slots[number]
+        slot.up = False
+        slot.running = slot.load = 0
+        slot.trial = False
+        slot.incarnation += 1
+        self._changed(number, slot)
+
+    def suspend(self, number: int, *, suspended: bool) -> None:
+        """Take no more (or again take) new requests, while what runs there runs on."""
+        slot = self._slots[number]
+        slot.up = not suspended
+        self._changed(number, slot)
+
+    def has_room(self) -> bool:
+        """True when some slot can take a request."""
+        return self._least_loaded(frozenset(), trial=False) is not None
+
+    def pin(self, session_id: str, slot: int) -> None:
+        """Pin a session to a slot."""
+        self._pins.pop(session_id, None)
+        self._pins[session_id] = slot
+        if len(self._pins) > self._max_pins:
+            del self._pins[next(iter(self._pins))]
+
+    def unpin(self, session_id: str) -> None:
+        """Forget a session's pin, if it has one."""
+        self._pins.pop(session_id, None)
+
+    def pinned(self, session_id: str) -> int | None:
+        """Return the slot that a session waits for: the one it is pinned to, if that is up."""
+        number = self._pins.get(session_id)
+        slot = None if number is None else self._slots.get(number)
+        return number if slot is not None and slot.up else None
+
+    def candidate(self) -> int:
+        """Return the slot that a new session should be pinned to: the least loaded that is up, full or not.
+
+        Returns 0 when every slot is down: the pin moves as soon as the session asks for room.
+        """
+        found = self._least_loaded(frozenset(), trial=False)
+        if found is None:
+            found = min((number for number, slot in self._slots.items() if slot.up), key=self.load, default=0)
+        return found
+
+    def load(self, number: int) -> int:
+        """Return the outstanding tokens of a slot."""
+        return self._slots[number].load
+
+    def running(self, number: int) -> int:
+        """Return the number of requests that hold room in a slot."""
+        return self._slots[number].running
+
+    def choose(
+        self, tokens: int, session_id: str | None = None, avoid: Set[int] = frozenset(), *, trial: bool = False
+    ) -> Reservation | None:
+        """Choose a slot and reserve room in it.
+
+        Args:
+            tokens: Outstanding tokens that the request stands for, >= 0.
+            session_id: Goes to the slot it is pinned to, and is pinned to the chosen one.
+            avoid: Slots where the request has already failed; used only when every other slot is down.
+            trial: The request is under suspicion.
+
+        Returns:
+            The reservation, or None when the request has to wait.
+        """
+        why = LEAST_LOADED
+        if session_id is not None and (number := self._pins.get(session_id)) is not None and number not in avoid:
+            slot = self._slots.get(number)
+            if slot is not None and slot.up:
+                if slot.running >= slot.capacity or (trial and slot.trial):
+                    return None
+                self.pin(session_id, number)
+                return self._reserve(number, slot, tokens, PINNED, trial=trial)
+            why = MOVED_DIED
+        found = self._least_loaded(avoid, trial=trial)
+        if found is None:
+            return None
+        if session_id is not None:
+            self.pin(session_id, found)
+        return self._reserve(found, self._slots[found], tokens, why, trial=trial)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give room back. A second call, or one after the slot went down, changes nothing."""
+        if reservation.released:
+            return
+        reservation.released = True
+        slot = self._slots[reservation.slot]
+        if slot.incarnation != reservation.incarnation:
+            return
+        slot.running -= 1
+        slot.load -= reservation.tokens
+        if reservation.trial:
+            slot.trial = False
+        self._changed(reservation.slot, slot)
+
+    def acquit(self, reservation: Reservation) -> None:
+        """End a request's trial: it keeps its room and another one under suspicion may come."""
+        if reservation.trial and not reservation.released:
+            reservation.trial = False
+            slot = self._slots[reservation.slot]
+            if slot.incarnation == reservation.incarnation:
+                slot.trial = False
+
+    def _reserve(self, number: int, slot: _Slot, tokens: int, why: str, *, trial: bool) -> Reservation:
+        slot.running += 1
+        slot.load += tokens
+        if trial:
+            slot.trial = True
+        self._changed(number, slot)
+        return Reservation(number, slot.incarnation, tokens, why, trial=trial)
+
+    def _least_loaded(self, avoid: Set[int], *, trial: bool) -> int | None:
+        if avoid and not any(slot.up and number not in avoid for number, slot in self._slots.items()):
+            avoid = frozenset()
+        heap, skipped, found = self._heap, [], None
+        while heap:
+            _, number, stamp = heap[0]
+            slot = self._slots[number]
+            if slot.stamp != stamp:
+                heappop(heap)
+            elif number in avoid or (trial and slot.trial):
+                skipped.append(heappop(heap))
+            else:
+                found = number
+                break
+        for entry in skipped:
+            heappush(heap, entry)
+        return found
+
+    def _changed(self, number: int, slot: _Slot) -> None:
+        slot.stamp += 1
+        if slot.up and slot.running < slot.capacity:
+            heappush(self._heap, (slot.load, number, slot.stamp))
+        if len(self._heap) > 4 * len(self._slots) + 64:
+            self._heap = [entry for entry in self._heap if self._slots[entry[1]].stamp == entry[2]]
+            heapify(self._heap)
