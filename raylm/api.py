@@ -68,7 +68,7 @@ class AsyncLMDeployPipeline:
         stop_words: Text or texts that end the generation and are not part of it.
         backend_config: Further settings of the engine; a sequence has one for each replica. Its `path` and `model_name`
             are replaced by the arguments. A `SimulatedConfig` needs no model.
-        address: Address of the Ray cluster.
+        address: Address of the Ray cluster; `local` starts one for this pipeline whatever else runs.
         pool_config: Limits and bounds of the pool.
         session_config: Limits of the session store.
 
@@ -589,13 +589,15 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-        return True
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    if address != "local":
+        try:
+            ray.init(address=address or os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+        except ConnectionError:
+            if address is not None or "RAY_ADDRESS" in os.environ:
+                raise  # that cluster was asked for, and no other
+        else:
+            return True
+    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     return True
 
 

@@ -84,9 +84,9 @@ def resolve(path: str) -> Path:
         return fetch(BUILTIN_MODELS[path], _cache_folder() / "models" / path)
     try:
         local = Path(path).expanduser().absolute()
-        if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+        exists = path != "" and local.exists()  # an empty path would be the working folder
+        if exists and (local.is_dir() or local.suffix == ".gguf"):
             return local
-        exists = local.exists()
     except (OSError, RuntimeError) as error:  # RuntimeError: `~user` of a user that this host does not know
         raise EngineStartError(f"cannot look for model {path!r} on host {_host()}: {error}") from error
     if exists:

@@ -52,7 +52,7 @@ from raylm.errors import (
 from raylm.messages import Completion, Delta, EngineStatistics, Generated, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
 
-_TRIAL_S = 0.25
+_TRIAL_S = 0.1
 """A stream on trial is acquitted this long after its first new token. An actor that dies takes with it the tokens of its
 last poll, and the attempt has to get past those: several polls, and still short beside a prefill."""
 
@@ -82,6 +82,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
         capacity: How many it takes.
         outstanding_tokens: Tokens those requests may still need.
         num_deaths: Actors lost in this slot.
+        pid: Process of its actor, on the actor's node; None before it has started.
         engine: The engine's own figures, as of the last poll.
     """
 
@@ -92,6 +93,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int
     outstanding_tokens: int
     num_deaths: int
+    pid: int | None
     engine: EngineStatistics | None
 
 
@@ -329,7 +331,7 @@ class _Link:
             if not self.settled.done():
                 self.settled.set_result(None)
             try:
-                while True:
+                while self.state != "down":
                     self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
             except ray.exceptions.RayActorError as error:
                 self.lost(_first_line(error))
@@ -380,11 +382,16 @@ class _Link:
     async def _submit(self, call: Any, batch: list[tuple[int, Stream]]) -> None:
         try:
             await call
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            # Not a death yet: the poll in flight tells. These were never started, or will find nobody.
-            for key, stream in batch:
-                if self.streams.get(key) is stream:
-                    self.pool._move(stream, "unreachable", ActorLostError(f"slot {self.number}: {_first_line(error)}"))
+        except ray.exceptions.RayActorError as error:
+            self._return(batch, "died", error)  # never started, and so under no suspicion
+            self.lost(_first_line(error))
+        except ray.exceptions.RayTaskError as error:
+            self._return(batch, "failed", error)
+
+    def _return(self, batch: list[tuple[int, Stream]], cause: str, error: Exception) -> None:
+        for key, stream in batch:
+            if self.streams.get(key) is stream:
+                self.pool._move(stream, cause, ActorLostError(f"slot {self.number}: {_first_line(error)}"))
 
     def cancel(self, keys: list[int]) -> None:
         """Abort attempts at the actor."""
@@ -395,7 +402,9 @@ class _Link:
             await call
 
     def lost(self, why: str) -> None:
-        """Close the slot and move everything that was in it."""
+        """Close the slot and move everything that was in it. Does nothing when that is done."""
+        if self.state == "down":
+            return
         self.state = "down"
         self.num_deaths += 1
         self.statistics = None
@@ -579,6 +588,7 @@ class Pool:
                 capacity=link.info.engine.capacity if link.info else 0,
                 outstanding_tokens=self.router.load(number) if link.info else 0,
                 num_deaths=link.num_deaths,
+                pid=link.info.pid if link.info else None,
                 engine=link.statistics,
             )
             for number, link in sorted(self._links.items())

@@ -1,6 +1,5 @@
 import json
 import re
-from string import printable
 
 import pytest
 from hypothesis import given, settings
@@ -101,6 +100,7 @@ def test_render_unknown_role() -> None:
         render(CHATML_META, {"role": "user", "content": "2+2?"}, {"role": "tool", "content": "4"})
 
 
+@settings(deadline=None)
 @given(st.lists(messages(INTERNLM2)))
 def test_render_prompt_can_be_read_back(conversation: list[Message]) -> None:
     """Every message is in the prompt once, in order and whole, so different conversations differ as prompts."""
@@ -110,6 +110,7 @@ def test_render_prompt_can_be_read_back(conversation: list[Message]) -> None:
 
 
 @pytest.mark.parametrize("template", [INTERNLM2, CHATML, OPEN_ENDED])
+@settings(deadline=None)
 @given(data=st.data())
 def test_render_prompt_is_prefix_of_next_prompt(template: MetaTemplate, data: st.DataObject) -> None:
     """A prompt, and that prompt with the reply, begin the prompt of the conversation's next turn."""
@@ -172,6 +173,7 @@ def test_parse_begin_and_end_are_optional() -> None:
     assert render(meta, {"role": "user", "content": "2+2?"}) == "2+2?\nAnswer:"
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({"role": contents, "content": contents}, optional={"name": names}), min_size=1))
 def test_parse_messages_accepted(conversation: list[dict[str, str | None]]) -> None:
     """Dicts with role, content and an optional name become Messages of the same texts, as do those Messages."""
@@ -216,17 +218,14 @@ def test_parse_messages_half_a_surrogate_pair() -> None:
         parse_messages(conversation)
 
 
+@settings(deadline=None)
 @given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(printable),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["role", "content", "name"]), inner),
-    )
+    st.lists(st.dictionaries(st.sampled_from(["role", "content", "name", "x"]), st.none() | st.text() | st.integers()))
 )
-@settings(max_examples=300)
-def test_parse_messages_any_json(value: object) -> None:
-    """Any JSON value is either accepted or refused with InvalidRequestError."""
+def test_parse_messages_any_dicts(value: list[dict[str, object]]) -> None:
+    """Any list of dicts is accepted whole or refused with InvalidRequestError, and nothing else happens."""
     try:
         parsed = parse_messages(value)
     except InvalidRequestError:
         return
-    assert len(parsed) == len(value)  # type: ignore[arg-type]
+    assert [message.content for message in parsed] == [entry["content"] for entry in value]

@@ -80,6 +80,7 @@ class MemorySessionStore:
         session.turn_id = turn_id
         session.turn_ends_at = self._clock() + self._config.turn_timeout_s
         self._touch(session_id, session)
+        self._shrink()
         return Claim(session.slot, session.messages)
 
     def append(self, session_id: str, turn_id: str, messages: Sequence[Message], slot: int) -> None:

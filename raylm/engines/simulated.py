@@ -15,10 +15,7 @@ from zlib import crc32
 from raylm._version import __version__
 from raylm.config import Fault, SimulatedConfig
 from raylm.engines.base import Emit
-try:
-    from raylm.engines.text import StopWords
-except ImportError:
-    StopWords = None
+from raylm.engines.text import StopWords
 from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
 from raylm.messages import Delta, EngineInfo, EngineStatistics, Request, Usage
 

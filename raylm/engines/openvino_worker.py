@@ -1,0 +1,461 @@
+"""The child process of the OpenVINO engine, and what it and its parent say to each other.
+
+`ContinuousBatchingPipeline.step()` holds the GIL from beginning to end, up to hundreds of milliseconds, so it cannot
+share a process with an event loop. It runs here instead, in a plain loop:
+
+    read the commands that are there -> one decode step -> one report of what every request produced
+
+Frames are a length (4 bytes, big-endian) and that many bytes of msgpack: commands on stdin, reports on what was stdout
+when the process started. The parent ends the process by killing it, and its death does too. An exception of the
+pipeline is not survived: its traceback on stderr is the last word.
+
+The only importer of openvino_genai. It is imported late, so that the parent can import the messages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import select
+import signal
+import struct
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from raylm.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineStartError,
+    ErrorMessage,
+    InvalidRequestError,
+    RaylmError,
+    to_message,
+)
+from raylm.messages import FinishReason, GenerationConfig, Message, Request
+
+HEADER = struct.Struct(">I")
+
+# Greedy text independent of the batch takes all three. Source: measured with openvino-genai 2026.4.
+_DETERMINISTIC = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+
+
+class Load(msgspec.Struct, tag=True):
+    """The first command: load a model. Answered by `Ready` or `Failure`.
+
+    Attributes:
+        path: GGUF file or folder with an OpenVINO model.
+        capacity: Requests decoded together.
+        max_context: Prompt and generated tokens together.
+        cache_size_gb: Memory for the KV cache, in GiB.
+        num_threads: CPU threads; None lets OpenVINO decide.
+        deterministic: Greedy text that does not depend on the batch.
+    """
+
+    path: str
+    capacity: int
+    max_context: int
+    cache_size_gb: int
+    num_threads: int | None
+    deterministic: bool
+
+
+class Add(msgspec.Struct, tag=True):
+    """Work on a request. Its last `Output`, and no other, has a finish reason or an error."""
+
+    key: int
+    request: Request
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Abort a request. Its last `Output` says that it is gone; one that has finished is passed over."""
+
+    key: int
+
+
+class Ping(msgspec.Struct, tag=True):
+    """Answer with a `Pong` between two steps."""
+
+    key: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded.
+
+    Attributes:
+        engine_version: Version of openvino-genai.
+        tokens: Token by id, as the tokenizer stores it, without special tokens.
+    """
+
+    engine_version: str
+    tokens: dict[int, bytes]
+
+
+class Failure(msgspec.Struct, tag=True):
+    """The model cannot be loaded; the process ends."""
+
+    error: ErrorMessage
+
+
+class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """What one request produced.
+
+    Attributes:
+        key: The request's.
+        prompt_tokens: Tokens of the prompt, without those of continued attempts.
+        token_ids: New tokens, the one that ended the sequence included.
+        logprobs: Log-probability of each of `token_ids`, if asked for.
+        finish_reason: Set when the request is no longer in the pipeline.
+        error: Set instead of `finish_reason` when it failed.
+    """
+
+    key: int
+    prompt_tokens: int
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    finish_reason: FinishReason | None = None
+    error: ErrorMessage | None = None
+
+
+class Step(msgspec.Struct, tag=True):
+    """What one decode step produced.
+
+    Attributes:
+        outputs: One a request that has something to say.
+        cache_usage: Share of the KV cache in use, 0 to 1.
+    """
+
+    outputs: list[Output]
+    cache_usage: float
+
+
+class Pong(msgspec.Struct, tag=True):
+    """The answer to the `Ping` of that key."""
+
+    key: int
+
+
+Command = Load | Add | Cancel | Ping
+Report = Ready | Failure | Step | Pong
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_command: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+
+
+def pack(message: Command | Report) -> bytes:
+    """Return the frame of `message`.
+
+    Raises:
+        UnicodeEncodeError: a text in it is no valid Unicode.
+    """
+    body = _encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+class _Running:
+    """One request inside the pipeline."""
+
+    __slots__ = ("handle", "logprobs", "prompt_tokens")
+
+    def __init__(self, handle: Any, prompt_tokens: int, *, logprobs: bool) -> None:
+        self.handle = handle
+        self.prompt_tokens = prompt_tokens
+        self.logprobs = logprobs
+
+
+class Worker:
+    """Drives one pipeline.
+
+    Args:
+        pipeline: An `openvino_genai.ContinuousBatchingPipeline`.
+        max_context: Prompt and generated tokens together, at most. The pipeline itself does not check it.
+    """
+
+    def __init__(self, pipeline: Any, max_context: int) -> None:
+        import openvino_genai as genai
+
+        self._pipeline = pipeline
+        self._tokenizer = pipeline.get_tokenizer()
+        self._max_context = max_context
+        self._running: dict[int, _Running] = {}
+        self._cancelled: list[tuple[int, _Running]] = []
+        self._outputs: list[Output] = []
+        self._ignored = genai.GenerationStatus.IGNORED
+        self._finish_reasons: dict[Any, FinishReason] = {
+            genai.GenerationFinishReason.STOP: "stop",
+            genai.GenerationFinishReason.LENGTH: "length",
+        }
+
+    @classmethod
+    def load(cls, load: Load) -> Worker:
+        """Return a worker with the model loaded.
+
+        Raises:
+            EngineStartError: OpenVINO is not installed, or cannot load the model.
+        """
+        try:
+            import openvino_genai as genai
+        except ImportError as error:
+            raise EngineStartError(
+                f"cannot import openvino_genai ({error}); install it with: pip install 'raylm[cpu]'"
+            ) from error
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size = load.cache_size_gb
+        scheduler.enable_prefix_caching = True
+        scheduler.max_num_seqs = load.capacity
+        # A decode step needs a token of room for every sequence.
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, load.capacity)
+        properties: dict[str, Any] = dict(_DETERMINISTIC) if load.deterministic else {}
+        if load.num_threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = load.num_threads
+        try:
+            pipeline = genai.ContinuousBatchingPipeline(load.path, scheduler, "CPU", properties)
+        except RuntimeError as error:
+            raise EngineStartError(
+                f"OpenVINO cannot load {load.path}: {_reason(error)}. Give the path of a complete GGUF file, or of a "
+                "folder that optimum-cli exported"
+            ) from error
+        return cls(pipeline, load.max_context)
+
+    def tokens(self) -> dict[int, bytes]:
+        """Return the tokens by id, without special tokens: those that decoding leaves out."""
+        tokens: dict[int, bytes] = {token_id: token for token, token_id in self._tokenizer.get_vocab().items()}
+        alone = [[token_id] for token_id in tokens]
+        shown = self._tokenizer.decode(alone, skip_special_tokens=True)
+        spelled = self._tokenizer.decode(alone, skip_special_tokens=False)
+        same = map(str.__eq__, shown, spelled)
+        return {token_id: token for (token_id, token), ordinary in zip(tokens.items(), same, strict=True) if ordinary}
+
+    @property
+    def idle(self) -> bool:
+        """Whether the pipeline has nothing to do."""
+        return not self._pipeline.has_non_finished_requests()
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache in use, 0 to 1."""
+        # The pipeline's figure is that of its last step; what has finished since holds nothing.
+        return 0.0 if self.idle else float(self._pipeline.get_metrics().cache_usage) / 100
+
+    def add(self, key: int, request: Request) -> None:
+        """Hand a request to the pipeline. A failure is an output."""
+        try:
+            self._add(key, request)
+        except RaylmError as error:
+            self._outputs.append(Output(key, 0, error=to_message(error)))
+
+    def _add(self, key: int, request: Request) -> None:
+        import numpy as np
+        import openvino as ov
+
+        prompt_ids = self._prompt_ids(request)
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt is empty: it has no tokens; send some text")
+        if len(prompt_ids) >= self._max_context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt_ids)} tokens and the context holds {self._max_context}, answer included; "
+                "shorten the prompt"
+            )
+        config, generated, input_ids = request.config, request.generated, prompt_ids
+        num_generated = 0
+        if generated is not None:
+            num_generated = generated.num_tokens
+            input_ids = prompt_ids + (generated.token_ids or self._encode(generated.text, add_special_tokens=False))
+        room = min(config.max_new_tokens - num_generated, self._max_context - len(input_ids))
+        if room < 1:
+            self._outputs.append(Output(key, len(prompt_ids), finish_reason="length"))
+            return
+        try:
+            handle = self._pipeline.add_request(
+                key, ov.Tensor(np.array([input_ids], dtype=np.int64)), self._sampling(config, num_generated, room)
+            )
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refused the request: {_reason(error)}") from error
+        self._running[key] = _Running(handle, len(prompt_ids), logprobs=config.logprobs)
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        if request.messages is None:
+            return self._encode(request.prompt or "", add_special_tokens=True)
+        return self._encode(self._apply_chat_template(request.messages), add_special_tokens=False)
+
+    def _apply_chat_template(self, messages: tuple[Message, ...]) -> str:
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError("this model has no chat template; set a meta_template, or send a prompt")
+        history = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(history, add_generation_prompt=True))
+        except RuntimeError as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {_reason(error)}; change them, or set a "
+                "meta_template"
+            ) from error
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        input_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids
+        return [int(token_id) for token_id in input_ids.data.flat]
+
+    def _sampling(self, config: GenerationConfig, num_generated: int, room: int) -> Any:
+        """Return OpenVINO's form of `config` for a request that may generate `room` more tokens."""
+        sampling = self._pipeline.get_config()  # a copy of the model's own, with its end-of-sequence ids
+        sampling.max_new_tokens = room
+        sampling.min_new_tokens = min(max(0, config.min_new_tokens - num_generated), room)
+        sampling.repetition_penalty = config.repetition_penalty
+        sampling.logprobs = int(config.logprobs)
+        sampling.do_sample = not config.greedy
+        if config.ignore_eos:
+            sampling.ignore_eos = True
+            sampling.stop_token_ids = set()
+        if sampling.do_sample:
+            sampling.temperature = config.temperature
+            sampling.top_p = config.top_p
+            if config.top_k is not None:
+                sampling.top_k = config.top_k
+            # The generator takes 32 bits. A continued attempt gets a seed of its own, for the state of the generator
+            # of the earlier one is lost, and starting that one again would repeat its draws.
+            seed = secrets.randbits(32) if config.seed is None else config.seed + num_generated
+            sampling.rng_seed = seed % (1 << 32)
+        return sampling
+
+    def cancel(self, key: int) -> None:
+        """Abort a request; the next step frees what it holds."""
+        if (running := self._running.pop(key, None)) is not None:
+            running.handle.cancel()
+            self._cancelled.append((key, running))
+
+    def step(self) -> None:
+        """Do one decode step."""
+        self._pipeline.step()
+        for key, cancelled in self._cancelled:
+            self._outputs.append(Output(key, cancelled.prompt_tokens, finish_reason="cancelled"))
+        self._cancelled.clear()
+        finished = []
+        for key, running in self._running.items():
+            if running.handle.can_read():
+                output = self._read(key, running)
+                self._outputs.append(output)
+                if output.finish_reason is not None or output.error is not None:
+                    finished.append(key)
+        for key in finished:
+            del self._running[key]
+
+    def _read(self, key: int, running: _Running) -> Output:
+        output = Output(key, running.prompt_tokens, [], [])
+        while output.finish_reason is None and running.handle.can_read():
+            results = running.handle.read()
+            if not results:  # how the pipeline gives a request up
+                output.error = to_message(self._given_up(running.handle.get_status()))
+                break
+            (result,) = results.values()
+            output.token_ids += result.generated_ids
+            if running.logprobs:
+                output.logprobs += result.generated_log_probs
+            output.finish_reason = self._finish_reasons.get(result.finish_reason)
+        return output
+
+    def _given_up(self, status: Any) -> EngineError:
+        if status == self._ignored:
+            return EngineError(
+                "the KV cache is full: this request alone needs more than all of it; raise cache_size_gb, or lower "
+                "max_context"
+            )
+        return EngineError(f"OpenVINO gave the request up with status {status}; send it again")
+
+    def take_outputs(self) -> list[Output]:
+        """Return the outputs since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the reason in an exception of OpenVINO, without the source location in its first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:] or lines).rstrip(".")
+
+
+class _Commands:
+    """Reads commands from a file descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._received = bytearray()
+
+    def read(self, *, wait: bool) -> list[Command]:
+        """Return the commands that have come; with `wait`, wait for more bytes first.
+
+        Raises:
+            EOFError: the parent is gone.
+        """
+        if wait or select.select([self._descriptor], [], [], 0)[0]:
+            chunk = os.read(self._descriptor, 1 << 20)
+            if not chunk:
+                raise EOFError
+            self._received += chunk
+        commands, start = [], 0
+        while (body := start + HEADER.size) <= len(self._received):
+            end = body + HEADER.unpack_from(self._received, start)[0]
+            if end > len(self._received):
+                break
+            commands.append(_decode_command.decode(self._received[body:end]))
+            start = end
+        del self._received[:start]
+        return commands
+
+
+def _serve(commands: _Commands, reports: Any) -> None:
+    """Load the model and decode until the parent is gone."""
+
+    def send(report: Report) -> None:
+        reports.write(pack(report))
+        reports.flush()
+
+    while not (received := commands.read(wait=True)):
+        pass
+    (load,) = received
+    if not isinstance(load, Load):
+        raise TypeError(f"the first command is {type(load).__name__}, not Load")
+    try:
+        worker = Worker.load(load)
+    except RaylmError as error:
+        send(Failure(to_message(error)))
+        return
+    send(Ready(version("openvino-genai"), worker.tokens()))
+    while True:
+        for command in commands.read(wait=worker.idle):
+            match command:
+                case Add(key, request):
+                    worker.add(key, request)
+                case Cancel(key):
+                    worker.cancel(key)
+                case Ping(key):
+                    send(Pong(key))
+        if not worker.idle:
+            worker.step()
+        if outputs := worker.take_outputs():
+            send(Step(outputs, worker.cache_usage))
+
+
+def main() -> None:
+    """Run the worker on this process's stdin and stdout."""
+    # Ctrl-C reaches the whole process group; whether it ends this process is the parent's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h. The kernel ends this process even in the middle of a step.
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # What a library prints on stdout goes to stderr, for it would break the frames.
+    reports = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        _serve(_Commands(0), reports)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent is gone: nobody is there to wait for an orderly end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""One local Ray cluster for all tests of a run, and pools on it."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import pytest
+import ray
+
+from raylm.actors.manager import PoolManager
+from raylm.config import EngineConfig, PoolConfig, SessionConfig
+from raylm.conversation import Conversations
+from raylm.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """A local Ray cluster with room for many small actors; yields its address."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A pool whose slots are up."""
+
+    pool: Pool
+    manager: PoolManager
+    conversations: Conversations
+
+    def pid(self, slot: int) -> int:
+        """Return the process of a slot's actor."""
+        pid = self.pool.statistics().slots[slot].pid
+        assert pid is not None
+        return pid
+
+
+StartPool = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def start_pool(cluster: str) -> AsyncIterator[StartPool]:
+    """Starts pools of the given engines, and ends them after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*engines: EngineConfig, config: PoolConfig | None = None) -> Running:
+            manager = await PoolManager.start(engines, SessionConfig())
+            stack.push_async_callback(manager.aclose)
+            pool = await stack.enter_async_context(Pool(config, replace=manager.replace))
+            for ready in [pool.attach(slot, actor) for slot, actor in enumerate(manager.actors)]:
+                await ready
+            return Running(pool, manager, Conversations(pool, manager.sessions))
+
+        yield start

@@ -1,0 +1,260 @@
+"""Queueing, limits and aborting: one pool on real actors with the simulated engine."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from raylm.config import PoolConfig, SimulatedConfig
+from raylm.engines.simulated import greedy_text
+from raylm.errors import (
+    ContextLengthError,
+    NoActorError,
+    PlacementError,
+    PoolSaturatedError,
+    RaylmError,
+    RequestTimeoutError,
+)
+from raylm.messages import Completion, GenerationConfig, Message, Request
+from raylm.pool import Pool
+
+from .conftest import Running, StartPool
+
+FAST = SimulatedConfig(tokens_per_s=200)
+ONE_AT_A_TIME = SimulatedConfig(tokens_per_s=200, capacity=1)
+SLOW = SimulatedConfig(tokens_per_s=20)
+
+
+def ask(prompt: str, max_new_tokens: int = 20, **settings: Any) -> Request:
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0, **settings)
+    return Request(request_id=prompt, prompt=prompt, config=config)
+
+
+async def until_idle(running: Running) -> None:
+    """Wait until no engine works on anything; the test's own timeout ends a wait in vain."""
+    async with asyncio.timeout(20):
+        for actor in running.manager.actors:
+            while (await actor.statistics.remote()).num_running:
+                await asyncio.sleep(0.02)
+
+
+async def test_deltas_join_to_the_completion(start_pool: StartPool) -> None:
+    """A stream's texts join to its completion's, and its token counts rise to its usage."""
+    running = await start_pool(FAST)
+    async with running.pool.stream(ask("tell me")) as stream:
+        deltas = [delta async for delta in stream]
+        completion = await stream.completion()
+    assert "".join(delta.text for delta in deltas) == completion.text == greedy_text("tell me", 20)
+    counts = [delta.num_tokens for delta in deltas]
+    assert counts == sorted(counts)
+    assert counts[-1] == completion.usage.completion_tokens == 20
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+
+
+async def test_the_receipt_tells_who_and_why(start_pool: StartPool) -> None:
+    """A completion says which slot, node, engine and model answered, and why that slot."""
+    running = await start_pool(FAST)
+    receipt = (await running.pool.generate(ask("tell me"))).receipt
+    assert (receipt.slot, receipt.why, receipt.attempts) == (0, "least-loaded", 1)
+    assert (receipt.engine, receipt.model) == ("simulated", "simulated")
+    assert receipt.actor
+    assert receipt.node
+    assert receipt.queue_ms >= 0
+
+
+async def test_rows_come_back_in_order(start_pool: StartPool) -> None:
+    """`generate_many` returns rows in the order of the requests, however long each takes."""
+    running = await start_pool(FAST, FAST)
+    lengths = [1 + row * 7 % 40 for row in range(200)]
+    results = await running.pool.generate_many([ask(f"row {row}", n) for row, n in enumerate(lengths)])
+    texts = [result.text for result in results if isinstance(result, Completion)]
+    assert texts == [greedy_text(f"row {row}", n) for row, n in enumerate(lengths)]
+
+
+async def test_a_bad_row_fails_alone(start_pool: StartPool) -> None:
+    """In `generate_many` a row that is too long has its error in its place, and the others their answers."""
+    running = await start_pool(FAST.model_copy(update={"max_context": 50}))
+    results = await running.pool.generate_many([ask("fine"), ask("word " * 60), ask("fine too")])
+    assert isinstance(results[1], ContextLengthError)
+    assert [result.text for result in results if isinstance(result, Completion)] == [
+        greedy_text("fine", 20),
+        greedy_text("fine too", 20),
+    ]
+
+
+async def test_no_rows_no_answers(start_pool: StartPool) -> None:
+    """An empty list of requests has an empty list of results."""
+    assert await (await start_pool(FAST)).pool.generate_many([]) == []
+
+
+async def test_a_deadline_covers_the_queue(start_pool: StartPool) -> None:
+    """A request whose deadline passes while it waits raises RequestTimeoutError and never reaches an engine."""
+    running = await start_pool(ONE_AT_A_TIME)
+    first = running.pool.stream(ask("long", 10_000))
+    with pytest.raises(RequestTimeoutError, match="0.3 s"):
+        await running.pool.generate(ask("waits"), timeout_s=0.3)
+    first.abort()
+    await until_idle(running)
+    assert "0 running, 0 waiting" in repr(running.pool)
+
+
+async def test_a_deadline_covers_the_generation(start_pool: StartPool) -> None:
+    """A request whose deadline passes while it runs raises RequestTimeoutError and is aborted in the engine."""
+    running = await start_pool(FAST)
+    with pytest.raises(RequestTimeoutError):
+        await running.pool.generate(ask("long", 8000), timeout_s=0.3)
+    await until_idle(running)
+
+
+async def test_a_full_queue_refuses_at_once(start_pool: StartPool) -> None:
+    """With `max_queued` requests waiting, one more raises PoolSaturatedError that says when to try again."""
+    running = await start_pool(ONE_AT_A_TIME, config=PoolConfig(max_queued=2))
+    streams = [running.pool.stream(ask("first", 5000))]
+    await anext(streams[0])
+    streams += [running.pool.stream(ask("waits")) for _ in range(2)]
+    with pytest.raises(PoolSaturatedError) as raised:
+        running.pool.stream(ask("too many"))
+    assert raised.value.retry_after_s is not None
+    for stream in streams:
+        stream.abort()
+
+
+async def test_aborting_a_stream_aborts_in_the_engine(start_pool: StartPool) -> None:
+    """Leaving a stream early stops the engine's work on it and frees its room."""
+    running = await start_pool(FAST)
+    async with running.pool.stream(ask("long", 8000)) as stream:
+        await anext(stream)
+    await until_idle(running)
+    assert running.pool.statistics().num_running == 0
+    assert running.pool.router.load(0) == 0
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_cancelling_at_any_await_leaves_nothing(start_pool: StartPool, steps: int) -> None:
+    """A task that is cancelled while it waits for an answer leaves no request, whenever that is."""
+    running = await start_pool(FAST)
+    task = asyncio.create_task(running.pool.generate(ask("long", 8000)))
+    for _ in range(steps * steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_idle(running)
+    assert running.pool.statistics().num_running == running.pool.statistics().num_waiting == 0
+
+
+async def test_interactive_goes_before_batch(start_pool: StartPool) -> None:
+    """A chat request overtakes a waiting batch."""
+    running = await start_pool(ONE_AT_A_TIME)
+    ended: list[str] = []
+
+    async def run(name: str, **lane: Any) -> None:
+        await running.pool.generate(ask(name, 10), **lane)
+        ended.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        for row in range(6):
+            group.create_task(run(f"row {row}", lane="batch"))
+        group.create_task(run("chat"))
+    assert ended.index("chat") <= 1
+
+
+async def test_batch_keeps_its_share(start_pool: StartPool) -> None:
+    """While interactive requests wait, the batch lane still gets `batch_share` of the dispatches."""
+    running = await start_pool(ONE_AT_A_TIME, config=PoolConfig(batch_share=0.25))
+    ended: list[str] = []
+
+    async def run(name: str, **lane: Any) -> None:
+        await running.pool.generate(ask(name, 2), **lane)
+        ended.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        for row in range(10):
+            group.create_task(run(f"row {row}", lane="batch"))
+        for row in range(40):
+            group.create_task(run(f"chat {row}"))
+    assert sum(name.startswith("row") for name in ended[:20]) == pytest.approx(5, abs=1)
+
+
+async def test_a_pinned_session_waits_for_its_slot(start_pool: StartPool) -> None:
+    """A session goes to its full slot, not to an empty one, and blocks nobody else meanwhile."""
+    running = await start_pool(ONE_AT_A_TIME, ONE_AT_A_TIME)
+    running.pool.router.pin("s", 0)
+    first = running.pool.stream(ask("first", 100), session_id="s")
+    second = running.pool.stream(ask("second", 2), session_id="s")
+    other = await running.pool.generate(ask("other", 2))
+    assert other.receipt.slot == 1
+    assert not second.done
+    assert (await first.completion()).receipt.why == "pinned"
+    assert ((await second.completion()).receipt.slot, (await second.completion()).receipt.why) == (0, "pinned")
+
+
+async def test_two_turns_of_one_session_do_not_mix(start_pool: StartPool) -> None:
+    """A second turn while one is running raises SessionBusyError, and the first ends well."""
+    running = await start_pool(SLOW)
+
+    def request(messages: tuple[Message, ...]) -> Request:
+        return Request(request_id="turn", messages=messages, config=GenerationConfig(max_new_tokens=10))
+
+    question = (Message("user", "hi"),)
+    async with running.conversations.turn("s", question, request, start=True, end=False) as stream:
+        await anext(stream)
+        with pytest.raises(RaylmError, match="middle of a turn"):
+            async with running.conversations.turn("s", question, request, start=False, end=False):
+                pass
+        await stream.completion()
+    assert len(await running.conversations.load("s")) == 2
+
+
+async def test_a_turn_left_early_leaves_the_session_as_it_was(start_pool: StartPool) -> None:
+    """A client that goes away in mid-turn leaves no trace of it, in the transcript or in the engine."""
+    running = await start_pool(FAST)
+
+    def request(messages: tuple[Message, ...]) -> Request:
+        return Request(request_id="turn", messages=messages, config=GenerationConfig(max_new_tokens=1000))
+
+    for start, num_tokens in ((True, 1000), (False, 5)):
+        async with running.conversations.turn("s", (Message("user", "hi"),), request, start=start, end=False) as stream:
+            while stream.num_tokens < num_tokens:
+                await anext(stream)
+    await until_idle(running)
+    assert len(await running.conversations.load("s")) == 2
+
+
+async def test_a_lost_client_is_aborted_by_its_lease(start_pool: StartPool) -> None:
+    """Requests of a client that stops polling are aborted in the engine."""
+    running = await start_pool(SimulatedConfig())
+    stream = running.pool.stream(ask("long", 8000))
+    await anext(stream)
+    for task in tuple(running.pool._tasks):  # a pool whose process is gone
+        task.cancel()
+    await until_idle(running)
+
+
+async def test_a_closed_pool_fails_what_is_left(start_pool: StartPool) -> None:
+    """Closing a pool fails waiting and running requests with NoActorError and frees the engine."""
+    running = await start_pool(ONE_AT_A_TIME)
+    streams = [running.pool.stream(ask("long", 5000)) for _ in range(3)]
+    await anext(streams[0])
+    await running.pool.aclose()
+    for stream in streams:
+        with pytest.raises(NoActorError):
+            await stream.completion()
+    with pytest.raises(NoActorError):
+        running.pool.stream(ask("late"))
+    await until_idle(running)
+
+
+async def test_what_does_not_fit_is_refused(start_pool: StartPool) -> None:
+    """More replicas than the cluster has CPUs for raise PlacementError that says how many fit."""
+    from raylm.config import OpenVINOConfig
+
+    with pytest.raises(PlacementError, match="room for 8"):
+        await start_pool(*[OpenVINOConfig(path="any")] * 9)
+
+
+async def test_no_pool_no_room() -> None:
+    """A pool without slots queues a request until its deadline and then raises NoActorError."""
+    async with Pool() as pool:
+        with pytest.raises(NoActorError):
+            await pool.generate(ask("hi"), timeout_s=0.05)
