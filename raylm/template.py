@@ -63,7 +63,8 @@ CHATML_META: list[dict[str, Any]] = [
     {"role": "user", "begin": "<|im_start|>user\n", "end": "<|im_end|>\n"},
     {"role": "assistant", "begin": "<|im_start|>assistant\n", "end": "<|im_end|>\n"},
 ]
-"""Models that were trained on plain ChatML, such as SmolLM2 and Qwen2.5."""
+"""Models that were trained on plain ChatML, such as SmolLM2 and Qwen2.5. Their own templates put a default system
+message before a conversation that has none; this one adds nothing."""
 
 
 class NamedBegin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from raylm.actors.engine_actor import EngineActor
 from raylm.actors.placement import Node, Shape, plan
 from raylm.actors.sessions import MemorySessionStore
 from raylm.config import EngineConfig, OpenVINOConfig, SessionConfig
-from raylm.errors import PlacementError
+from raylm.errors import NoActorError, PlacementError
 
 _PLACEMENT_TIMEOUT_S = 120.0
 """How long the processes of actors that fit may take to come up: a busy machine starts one in ten seconds."""
@@ -61,6 +61,7 @@ class PoolManager:
 
         Raises:
             PlacementError: they do not fit, or the cluster is too busy to take them.
+            NoActorError: one of their processes died, or the whole cluster did.
         """
         for kind in {shape(config) for config in engines}:
             plan(nodes(), kind, sum(shape(config) == kind for config in engines))
@@ -79,6 +80,9 @@ class PoolManager:
                 f"the cluster did not start {len(actors)} actors within {_PLACEMENT_TIMEOUT_S:g} s though they fit; "
                 f"free at present: {ray.available_resources()}. See `ray status` for what holds the rest"
             ) from None
+        except ray.exceptions.RayActorError as error:
+            await manager.aclose()
+            raise NoActorError(f"an actor's process died as it started: {error}") from error
         except BaseException:
             await manager.aclose()
             raise
