@@ -52,7 +52,7 @@ _HOMES = {
     "Usage": "raylm.messages",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -209,7 +209,7 @@ class AsyncLMDeployPipeline:
         prompts = [inputs] if isinstance(inputs, str) else inputs
         if not isinstance(prompts, Sequence):
             raise InvalidRequestError(f"inputs: expected a string or a list of strings, got {type(inputs).__name__}")
-        requests = [_raw_request(prompt, config, index) for index, prompt in enumerate(prompts)]
+        requests = [_raw_request(prompt, config, f"inputs[{index}]") for index, prompt in enumerate(prompts)]
         return await self._answer(requests, single=single, return_dict=return_dict)
 
     async def chat(
@@ -307,6 +307,25 @@ class AsyncLMDeployPipeline:
             {"role": message.role, "content": message.content}
             for message in await self._sessions().load(str(session_id))
         ]
+
+    def request(self, *, prompt: object = None, messages: object = None, **overrides: Any) -> Request:
+        """Return the request of one prompt or one conversation, to give to `pool`.
+
+        Args:
+            prompt: Raw text; no template is applied.
+            messages: A conversation, in place of `prompt`. The template is applied.
+            overrides: As in `generate`.
+
+        Raises:
+            InvalidRequestError: both or neither of `prompt` and `messages`, an unknown role, wrong types, or an unknown
+                or wrong parameter.
+        """
+        if (prompt is None) == (messages is None):
+            raise InvalidRequestError("give either prompt or messages")
+        config = self._config.updated(overrides)
+        if messages is None:
+            return _raw_request(prompt, config, "prompt")
+        return self._chat_request(parse_messages(messages), config)
 
     def statistics(self) -> PoolStatistics:
         """Return counts and loads at this moment."""
@@ -607,15 +626,15 @@ def _say_once(text: str) -> None:
         _log.warning("%s", text)
 
 
-def _raw_request(prompt: object, config: GenerationConfig, index: int) -> Request:
+def _raw_request(prompt: object, config: GenerationConfig, where: str) -> Request:
     if not isinstance(prompt, str):
-        raise InvalidRequestError(f"inputs[{index}]: expected a string, got {type(prompt).__name__}")
+        raise InvalidRequestError(f"{where}: expected a string, got {type(prompt).__name__}")
     if not prompt:
-        raise InvalidRequestError(f"inputs[{index}]: the prompt is empty; send at least one character")
+        raise InvalidRequestError(f"{where}: the prompt is empty; send at least one character")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"inputs[{index}]: not valid Unicode: {error}; clean the text first") from None
+        raise InvalidRequestError(f"{where}: not valid Unicode: {error}; clean the text first") from None
     return Request(request_id=uuid.uuid4().hex, prompt=prompt, config=config)
 
 

@@ -62,6 +62,7 @@ class SimulatedConfig(_Config):
         capacity: Streams that run together.
         max_context: Prompt and generated tokens together. A word is a token.
         first_token_s: Seconds from the request to its first token, on top of one token's time.
+        num_gpus: Logical GPUs that its actor reserves, for trying out placement. Nothing runs on them.
         faults: What goes wrong.
     """
 
@@ -71,6 +72,7 @@ class SimulatedConfig(_Config):
     capacity: int = Field(default=1024, ge=1)
     max_context: int = Field(default=8192, ge=1)
     first_token_s: float = Field(default=0, ge=0)
+    num_gpus: int = Field(default=0, ge=0)
     faults: tuple[Fault, ...] = ()
 
 

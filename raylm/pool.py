@@ -53,8 +53,8 @@ from raylm.messages import Completion, Delta, EngineStatistics, Generated, Lane,
 from raylm.routing import Reservation, Router
 
 _TRIAL_S = 0.1
-"""A stream on trial is acquitted this long after its first new token. An actor that dies takes with it the tokens of its
-last poll, and the attempt has to get past those: several polls, and still short beside a prefill."""
+"""A stream on trial is acquitted this long after its first new token. An actor that dies takes the tokens of its last
+poll with it, and the attempt has to get past those: several polls, and still short beside a prefill."""
 
 _MAX_START_FAILURES = 3
 """A slot whose engine fails to start this often in a row counts as failed."""
@@ -83,6 +83,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
         outstanding_tokens: Tokens those requests may still need.
         num_deaths: Actors lost in this slot.
         pid: Process of its actor, on the actor's node; None before it has started.
+        gpus: The GPUs that Ray gave it, by their number on the node.
         engine: The engine's own figures, as of the last poll.
     """
 
@@ -94,6 +95,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
     outstanding_tokens: int
     num_deaths: int
     pid: int | None
+    gpus: list[int]
     engine: EngineStatistics | None
 
 
@@ -589,6 +591,7 @@ class Pool:
                 outstanding_tokens=self.router.load(number) if link.info else 0,
                 num_deaths=link.num_deaths,
                 pid=link.info.pid if link.info else None,
+                gpus=link.info.gpus if link.info else [],
                 engine=link.statistics,
             )
             for number, link in sorted(self._links.items())

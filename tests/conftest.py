@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import ray
@@ -10,6 +11,7 @@ import ray
 from raylm.actors.manager import PoolManager
 from raylm.config import EngineConfig, PoolConfig, SessionConfig
 from raylm.conversation import Conversations
+from raylm.messages import GenerationConfig, Request
 from raylm.pool import Pool
 
 
@@ -19,6 +21,12 @@ def cluster() -> Iterator[str]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+def ask(prompt: str, max_new_tokens: int = 20, **settings: Any) -> Request:
+    """Return a greedy request."""
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0, **settings)
+    return Request(request_id=prompt, prompt=prompt, config=config)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ def chatbot(cluster: str) -> Iterator[LMDeployPipeline]:
 
 
 def user(content: str) -> dict[str, str]:
+    """Return a message of the user."""
     return {"role": "user", "content": content}
 
 
@@ -134,7 +136,7 @@ def test_stream_chat_streams(chatbot: LMDeployPipeline) -> None:
     """Statuses are STREAM_ING and then END, the text grows, and n_tokens counts up to the last."""
     steps = list(chatbot.stream_chat([user("hello")], session_id=2967, request_id="1"))
     assert [status for status, _, _ in steps] == [Status.STREAM_ING] * (len(steps) - 1) + [Status.END]
-    assert all(later.startswith(earlier) for (_, earlier, _), (_, later, _) in zip(steps, steps[1:], strict=False))
+    assert all(later.startswith(earlier) for (_, earlier, _), (_, later, _) in pairwise(steps))
     assert steps[-1][1:] == (greedy_text("user: hello\n", 5), 5)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from typing import Any
 
 import pytest
 
@@ -13,14 +12,9 @@ from raylm.errors import EngineError, PoisonRequestError, RequestTimeoutError
 from raylm.messages import Completion, GenerationConfig, Message, Request
 from raylm.pool import Pool, Stream
 
-from .conftest import StartPool
+from .conftest import StartPool, ask
 
 FAST = SimulatedConfig(tokens_per_s=200)
-
-
-def ask(prompt: str, max_new_tokens: int = 20, **settings: Any) -> Request:
-    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0, **settings)
-    return Request(request_id=prompt, prompt=prompt, config=config)
 
 
 async def until_tokens(stream: Stream, num_tokens: int) -> None:
@@ -35,7 +29,7 @@ async def running_slot(pool: Pool) -> int:
 
 
 async def test_kill_in_mid_batch_keeps_every_row_once_in_order(start_pool: StartPool) -> None:
-    """kill -9 of one of two actors in mid-batch loses no row, doubles none, and keeps their order."""
+    """Kill -9 of one of two actors in mid-batch loses no row, doubles none, and keeps their order."""
     running = await start_pool(SimulatedConfig(capacity=16), SimulatedConfig(capacity=16))
     prompts = [f"row {row}" for row in range(100)]
     results: dict[int, Completion] = {}
@@ -51,7 +45,7 @@ async def test_kill_in_mid_batch_keeps_every_row_once_in_order(start_pool: Start
 
 
 async def test_kill_in_mid_stream_continues_the_text(start_pool: StartPool) -> None:
-    """kill -9 in mid-stream: the text equals the undisturbed one and the receipt says moved."""
+    """Kill -9 in mid-stream: the text equals the undisturbed one and the receipt says moved."""
     running = await start_pool(SimulatedConfig(), SimulatedConfig())
     async with running.pool.stream(ask("tell me", 60)) as stream:
         await until_tokens(stream, 5)

@@ -74,12 +74,14 @@ class ActorInfo(msgspec.Struct, frozen=True):
         actor: Id of this actor.
         node: Host name of its node.
         pid: Its process.
+        gpus: The GPUs that Ray gave it, by their number on the node.
     """
 
     engine: EngineInfo
     actor: str
     node: str
     pid: int
+    gpus: list[int]
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -187,7 +189,9 @@ class EngineActor:
             raise
         if self._reaper is None:
             self._reaper = asyncio.create_task(self._abort_lost_clients())
-        return _encode(ActorInfo(info, ray.get_runtime_context().get_actor_id(), socket.gethostname(), os.getpid()))
+        actor = ray.get_runtime_context().get_actor_id()
+        gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
+        return _encode(ActorInfo(info, actor, socket.gethostname(), os.getpid(), gpus))
 
     async def submit(self, client_id: str, submission: bytes) -> None:
         """Start the requests of a `Submission`, and return at once. A key that is known is not started again."""

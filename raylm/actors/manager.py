@@ -27,7 +27,9 @@ _log = logging.getLogger(__name__)
 
 def shape(config: EngineConfig) -> Shape:
     """Return what one replica of an engine takes of its node."""
-    return Shape(num_cpus=1 if isinstance(config, OpenVINOConfig) else 0)
+    if isinstance(config, OpenVINOConfig):
+        return Shape(num_cpus=1)
+    return Shape(num_cpus=0, num_gpus=config.num_gpus)
 
 
 def nodes() -> list[Node]:

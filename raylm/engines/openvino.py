@@ -349,9 +349,11 @@ def _copy(error: EngineError) -> EngineError:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    # It holds nothing worth an orderly end.
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    # It holds nothing worth an orderly end. Not `process.kill`: that polls the child, and if it has just died takes the
+    # exit status away from the event loop, which then reports a made-up one (CPython 3.11 to 3.14).
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def _describe(status: int) -> str:

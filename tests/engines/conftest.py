@@ -1,0 +1,108 @@
+"""The engines that the conformance suite runs on, and what tests of engines have in common."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from raylm.config import EngineConfig, OpenVINOConfig, SimulatedConfig
+from raylm.engines.base import Engine
+from raylm.messages import Delta, FinishReason, Generated, GenerationConfig, Message, Request, Usage
+
+MODEL = "smollm2-135m-instruct"
+
+CONFIGS: dict[str, EngineConfig] = {
+    "simulated": SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024),
+    "openvino": OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True),
+}
+"""The engines of the conformance suite by name; a new engine adds its settings here. Greedy text must not depend on
+what else the engine works on."""
+
+
+def build(config: EngineConfig) -> Engine:
+    """Return the engine that `config` describes, not started."""
+    if isinstance(config, OpenVINOConfig):
+        from raylm.engines.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(config)
+    from raylm.engines.simulated import SimulatedEngine
+
+    return SimulatedEngine(config)
+
+
+def make_request(
+    prompt: str | tuple[Message, ...], generated: Generated | None = None, **parameters: object
+) -> Request:
+    """Return a request with a prompt or a conversation. Greedy, if `parameters` do not say otherwise."""
+    return Request(
+        request_id="test",
+        prompt=prompt if isinstance(prompt, str) else None,
+        messages=None if isinstance(prompt, str) else prompt,
+        generated=generated,
+        config=GenerationConfig(temperature=0).updated(parameters),
+    )
+
+
+def ask(text: str) -> tuple[Message, ...]:
+    """Return a conversation of one question."""
+    return (Message("user", text),)
+
+
+@dataclass
+class Record:
+    """Takes the deltas of one request, and lets a test wait for them."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def emit(self, delta: Delta) -> None:
+        """Take the next delta."""
+        self.deltas.append(delta)
+        self._changed.set()
+
+    async def wait(self, num_deltas: int = 1) -> None:
+        """Return when there are `num_deltas`."""
+        while len(self.deltas) < num_deltas:
+            self._changed.clear()
+            await self._changed.wait()
+
+    @property
+    def text(self) -> str:
+        """All of the text."""
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of the token ids."""
+        return [token_id for delta in self.deltas for token_id in delta.token_ids]
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        reason = self.deltas[-1].finish_reason
+        assert reason is not None
+        return reason
+
+    @property
+    def usage(self) -> Usage:
+        """The token counts."""
+        usage = self.deltas[-1].usage
+        assert usage is not None
+        return usage
+
+    def generated(self, num_deltas: int) -> Generated:
+        """Return what a continuation after the first `num_deltas` is given."""
+        part = Record(self.deltas[:num_deltas])
+        return Generated(part.text, part.token_ids, part.deltas[-1].num_tokens)
+
+
+async def run(engine: Engine, request: Request) -> Record:
+    """Generate a request to its end."""
+    record = Record()
+    await engine.generate(request, record.emit)
+    return record
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` is true. The test's timeout is the limit."""
+    while not condition():
+        await asyncio.sleep(0.005)

@@ -1,0 +1,334 @@
+"""The public conformance suite: what every engine must do, by the rules in `raylm/engines/base.py`.
+
+To run it on a new engine, add its settings to `CONFIGS` in `conftest.py`.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from raylm.engines.base import Engine
+from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
+from raylm.messages import EngineInfo
+
+from .conftest import CONFIGS, Record, ask, build, make_request, run, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STORY = "Once upon a time"
+TEXTS = [
+    STORY,
+    "The capital of France",
+    "😀 🚀 😀 🚀 😀 🚀 😀",
+    "你好，世界。你好，世界。你好，",
+    "مرحبا بالعالم مرحبا",
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=CONFIGS)
+async def started(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Engine, EngineInfo]]:
+    """Each engine, started once."""
+    engine = build(CONFIGS[request.param])
+    info = await engine.start()
+    yield engine, info
+    await engine.close()
+
+
+@pytest.fixture
+def engine(started: tuple[Engine, EngineInfo]) -> Engine:
+    """An engine at work."""
+    return started[0]
+
+
+@pytest.fixture
+def info(started: tuple[Engine, EngineInfo]) -> EngineInfo:
+    """What the engine said of itself."""
+    return started[1]
+
+
+async def test_info(info: EngineInfo) -> None:
+    """An engine says what it is, within the limits that it was given."""
+    config = CONFIGS[info.engine]
+    assert (info.capacity, info.max_context) == (config.capacity, config.max_context)
+    assert info.engine_version
+    assert info.model
+    assert info.device
+
+
+@pytest.mark.parametrize("prompt", TEXTS)
+async def test_text_is_whole_characters(engine: Engine, prompt: str) -> None:
+    """Each delta is whole characters, whatever the script, and generating again gives the same text."""
+    record = await run(engine, make_request(prompt, max_new_tokens=30, ignore_eos=True))
+    assert all("\ufffd" not in delta.text for delta in record.deltas)
+    assert record.text.encode().decode() == record.text
+    again = await run(engine, make_request(prompt, max_new_tokens=30, ignore_eos=True))
+    assert again.text == record.text != ""
+
+
+@pytest.mark.parametrize("prompt", [STORY, ask("What is the capital of France?")], ids=["prompt", "messages"])
+async def test_deltas(engine: Engine, prompt: str) -> None:
+    """The token count never decreases and agrees with the ids; the last delta alone has finish reason and usage."""
+    record = await run(engine, make_request(prompt, max_new_tokens=24))
+    *firsts, last = record.deltas
+    assert all(delta.finish_reason is None and delta.usage is None for delta in firsts)
+    assert last.finish_reason in {"stop", "length"}
+    counts = [delta.num_tokens for delta in record.deltas]
+    assert counts == sorted(counts)
+    assert record.usage.completion_tokens == counts[-1]
+    assert record.usage.prompt_tokens > 0
+    if record.token_ids:
+        lengths = [len(delta.token_ids) for delta in record.deltas]
+        assert counts == [sum(lengths[: n + 1]) for n in range(len(lengths))]
+
+
+async def test_deltas_are_the_receivers_to_keep(engine: Engine) -> None:
+    """What the receiver does to a delta changes no later one."""
+    merged = Record()
+
+    def merge(delta: object) -> None:
+        merged.emit(delta)
+        if len(merged.deltas) > 1:
+            merged.deltas[0].extend(merged.deltas.pop())
+
+    request = make_request(STORY, max_new_tokens=12, ignore_eos=True)
+    await engine.generate(request, merge)
+    record = await run(engine, request)
+    assert (merged.text, merged.token_ids, merged.usage) == (record.text, record.token_ids, record.usage)
+
+
+async def test_max_new_tokens(engine: Engine) -> None:
+    """Without end of sequence there are exactly `max_new_tokens` tokens."""
+    for limit in (1, 17):
+        record = await run(engine, make_request(STORY, max_new_tokens=limit, ignore_eos=True))
+        assert record.finish_reason == "length"
+        assert record.usage.completion_tokens == limit
+
+
+async def test_min_new_tokens(engine: Engine) -> None:
+    """The end of sequence does not come before `min_new_tokens`."""
+    question = ask("What is the capital of France?")
+    record = await run(engine, make_request(question, min_new_tokens=24, max_new_tokens=48))
+    assert record.usage.completion_tokens >= 24
+
+
+async def test_logprobs(engine: Engine) -> None:
+    """Each token that is told has its log-probability when asked for, and none when not."""
+    record = await run(engine, make_request(STORY, max_new_tokens=8, logprobs=True))
+    for delta in record.deltas:
+        assert len(delta.logprobs) == len(delta.token_ids)
+        assert all(logprob <= 0 for logprob in delta.logprobs)
+    without = await run(engine, make_request(STORY, max_new_tokens=8))
+    assert all(delta.logprobs == [] for delta in without.deltas)
+
+
+@pytest.mark.parametrize("width", [1, 5, 14])
+async def test_stop_word_never_shows(engine: Engine, width: int) -> None:
+    """The text ends before the stop word, and no part of it shows, over however many tokens it spans."""
+    text = (await run(engine, make_request(STORY, max_new_tokens=30, ignore_eos=True))).text
+    word = text[40 : 40 + width]
+    record = await run(engine, make_request(STORY, max_new_tokens=30, ignore_eos=True, stop_words=[word, "\u2603"]))
+    assert record.text == text[: text.find(word)]
+    assert record.finish_reason == "stop"
+    assert record.usage.completion_tokens <= 30
+
+
+async def test_beginning_of_a_stop_word_shows_in_the_end(engine: Engine) -> None:
+    """Text that only began like a stop word is not lost."""
+    text = (await run(engine, make_request(STORY, max_new_tokens=30, ignore_eos=True))).text
+    words = [text[-9:] + "\u2603", text[10:20] + "\u2603"]
+    record = await run(engine, make_request(STORY, max_new_tokens=30, ignore_eos=True, stop_words=words))
+    assert record.text == text
+    assert record.finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompt", TEXTS[:4])
+async def test_continuation(engine: Engine, prompt: str) -> None:
+    """A request continued after any delta arrives at the undisturbed greedy text and counts."""
+    parameters = {"max_new_tokens": 24, "ignore_eos": True, "repetition_penalty": 1.1}
+    whole = await run(engine, make_request(prompt, **parameters))
+    for cut in (1, 2, 3, 11, len(whole.deltas) - 1):
+        if cut >= len(whole.deltas):
+            continue
+        generated = whole.generated(cut)
+        rest = await run(engine, make_request(prompt, generated, **parameters))
+        assert generated.text + rest.text == whole.text
+        assert generated.token_ids + rest.token_ids == whole.token_ids
+        assert rest.deltas[0].num_tokens > generated.num_tokens
+        assert rest.usage == whole.usage
+
+
+async def test_continuation_within_a_stop_word(engine: Engine) -> None:
+    """What was held back at the cut is neither lost nor shown if the stop word completes."""
+    text = (await run(engine, make_request(STORY, max_new_tokens=30, ignore_eos=True))).text
+    for word in (text[40:54], text[40:54] + "\u2603"):
+        parameters = {"max_new_tokens": 30, "ignore_eos": True, "stop_words": [word]}
+        whole = await run(engine, make_request(STORY, **parameters))
+        assert whole.text == (text.partition(word)[0])
+        for cut in range(5, len(whole.deltas), 2):
+            generated = whole.generated(cut)
+            rest = await run(engine, make_request(STORY, generated, **parameters))
+            assert generated.text + rest.text == whole.text
+            assert rest.finish_reason == whole.finish_reason
+
+
+async def test_continuation_of_all_tokens(engine: Engine) -> None:
+    """When nothing remains to be generated there is one delta, the last."""
+    whole = await run(engine, make_request(STORY, max_new_tokens=6, ignore_eos=True))
+    rest = await run(engine, make_request(STORY, whole.generated(len(whole.deltas)), max_new_tokens=6, ignore_eos=True))
+    (last,) = rest.deltas
+    assert (last.text, last.finish_reason, last.usage) == ("", "length", whole.usage)
+
+
+async def test_many_requests(engine: Engine, info: EngineInfo) -> None:
+    """Three times as many requests as the engine works on at a time all get the text that they get alone."""
+    prompts = [f"{text} {number}" for number, text in enumerate(TEXTS * info.capacity)][: 3 * info.capacity]
+    requests = [make_request(prompt, max_new_tokens=12, ignore_eos=True) for prompt in prompts]
+    together = await asyncio.gather(*(run(engine, request) for request in requests))
+    for request, record in list(zip(requests, together, strict=True))[:: info.capacity - 1]:
+        assert (await run(engine, request)).text == record.text
+    assert all(record.usage.completion_tokens == 12 for record in together)
+
+
+async def test_seed(engine: Engine) -> None:
+    """The same seed gives the same text, another one another."""
+    parameters = {"max_new_tokens": 24, "ignore_eos": True, "temperature": 1.0, "top_k": None, "top_p": 1.0}
+    first, again, other = await asyncio.gather(
+        *(run(engine, make_request(STORY, seed=seed, **parameters)) for seed in (7, 7, 2**40 + 8))
+    )
+    assert first.text == again.text != other.text
+
+
+async def test_cancellation(engine: Engine) -> None:
+    """A cancelled request leaves the engine, which then does nothing more for it; others go on undisturbed."""
+    expected = await run(engine, make_request(STORY, max_new_tokens=60, ignore_eos=True))
+    victims = [Record() for _ in range(4)]
+    tasks = [
+        asyncio.create_task(engine.generate(make_request(f"{n}", max_new_tokens=900, ignore_eos=True), victim.emit))
+        for n, victim in enumerate(victims)
+    ]
+    other = asyncio.create_task(run(engine, make_request(STORY, max_new_tokens=60, ignore_eos=True)))
+    for victim in victims:
+        await victim.wait(2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    told = [len(victim.deltas) for victim in victims]
+    await until(lambda: engine.statistics().num_running <= 1)
+    assert (await other).text == expected.text
+    await until(lambda: engine.statistics().num_running == 0)
+    num_tokens = engine.statistics().num_tokens
+    for _ in range(3):
+        await engine.check_health()
+    assert engine.statistics().num_tokens == num_tokens
+    assert told == [len(victim.deltas) for victim in victims]
+
+
+async def test_cancellation_at_once(engine: Engine) -> None:
+    """A request cancelled before its first token leaves the engine too."""
+    record = Record()
+    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900), record.emit))
+    await until(lambda: engine.statistics().num_running == 1)
+    task.cancel()
+    await asyncio.wait([task])
+    await until(lambda: engine.statistics().num_running == 0)
+    assert (await run(engine, make_request(STORY, max_new_tokens=2))).text
+
+
+async def test_statistics(engine: Engine) -> None:
+    """The statistics count running requests and generated tokens."""
+    before = engine.statistics()
+    assert before.num_running == 0
+    record = Record()
+    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=40, ignore_eos=True), record.emit))
+    await record.wait()
+    during = engine.statistics()
+    assert during.num_running == 1
+    assert during.cache_usage is None or 0 < during.cache_usage <= 1
+    await task
+    after = engine.statistics()
+    assert after.num_running == 0
+    assert after.num_tokens == before.num_tokens + 40
+    assert not after.cache_usage
+
+
+async def test_health_while_generating(engine: Engine) -> None:
+    """The health check answers while requests run."""
+    record = Record()
+    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
+    await record.wait()
+    await engine.check_health()
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    await engine.check_health()
+
+
+@pytest.mark.parametrize("prompt", ["", ()], ids=["prompt", "messages"])
+async def test_empty_prompt(engine: Engine, prompt: str) -> None:
+    """An empty prompt is an error and nothing is emitted."""
+    record = Record()
+    with pytest.raises(InvalidRequestError):
+        await engine.generate(make_request(prompt), record.emit)
+    assert record.deltas == []
+
+
+async def test_context_length(engine: Engine, info: EngineInfo) -> None:
+    """A prompt that fills the context is an error with both numbers; one that leaves room is answered up to the end."""
+
+    def prompt(num_words: int) -> str:
+        return "word " * num_words
+
+    extra = (await run(engine, make_request(prompt(50), max_new_tokens=1))).usage.prompt_tokens - 50
+    longest = info.max_context - extra - 1
+    record = await run(engine, make_request(prompt(longest - 4), max_new_tokens=100, ignore_eos=True))
+    assert record.finish_reason == "length"
+    assert record.usage.prompt_tokens + record.usage.completion_tokens == info.max_context
+    assert record.usage.completion_tokens == 5
+    emitted = Record()
+    with pytest.raises(ContextLengthError, match=rf"(?s){info.max_context}.*{info.max_context}"):
+        await engine.generate(make_request(prompt(longest + 1), max_new_tokens=1), emitted.emit)
+    assert emitted.deltas == []
+
+
+async def test_failing_receiver(engine: Engine) -> None:
+    """When the receiver of one request raises, its `generate` raises that, and others go on."""
+
+    def fail(_: object) -> None:
+        raise KeyError("receiver")
+
+    other = asyncio.create_task(run(engine, make_request(STORY, max_new_tokens=20, ignore_eos=True)))
+    with pytest.raises(KeyError, match="receiver"):
+        await engine.generate(make_request(STORY, max_new_tokens=20, ignore_eos=True), fail)
+    assert (await other).usage.completion_tokens == 20
+
+
+def open_files() -> set[str]:
+    """Return what this process has open."""
+    return {f"{entry.name}: {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+async def test_close(name: str) -> None:
+    """Closing fails what runs and leaves no task, thread, process or file behind; closing again does nothing."""
+    tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
+    children = set(psutil.Process().children(recursive=True))
+    engine = build(CONFIGS[name])
+    await engine.start()
+    record = Record()
+    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
+    await record.wait()
+    await engine.close()
+    with pytest.raises(EngineError):
+        await task
+    await engine.close()
+    assert asyncio.all_tasks() == tasks
+    assert set(psutil.Process().children(recursive=True)) == children
+    await until(lambda: {thread for thread in threading.enumerate() if "asyncio" not in thread.name} <= threads)
+    await until(lambda: open_files() == files)
