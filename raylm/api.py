@@ -588,12 +588,21 @@ class _LoopThread:
         return not self._loop.is_closed()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end. An interrupt of the waiting thread cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Run a coroutine to its end. An interrupt of the waiting thread cancels it, and waits for its clean-up."""
+        ended = threading.Event()
+
+        async def run() -> T:
+            try:
+                return await coroutine
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             return future.result()
-        except BaseException:
+        except KeyboardInterrupt:
             future.cancel()
+            ended.wait()
             raise
 
     def close(self) -> None:

@@ -108,6 +108,7 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
         num_running: Requests at actors.
         num_finished: Requests answered.
         num_failed: Requests that ended with an error.
+        num_aborted: Requests that their clients left before the end.
         num_moved: Attempts that were lost and taken up elsewhere.
         num_tokens: Tokens of answered requests.
         first_token_timeout_s: The watchdog's bound at present.
@@ -118,9 +119,14 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_finished: int
     num_failed: int
+    num_aborted: int
     num_moved: int
     num_tokens: int
     first_token_timeout_s: float
+
+
+class _AbortedError(RaylmError):
+    """The request's own client ended it."""
 
 
 class Stream:
@@ -449,7 +455,7 @@ class Pool:
         self._first_tokens: deque[float] = deque(maxlen=_HISTORY)  # seconds
         self._first_token_timeout_s = self.config.first_token_timeout_s
         self._last_start_error: RaylmError | None = None
-        self._num_finished = self._num_failed = self._num_moved = self._num_tokens = 0
+        self._num_finished = self._num_failed = self._num_aborted = self._num_moved = self._num_tokens = 0
         self._closed = False
         self._own(self._watch())
 
@@ -602,6 +608,7 @@ class Pool:
             num_running=sum(len(link.streams) for link in self._links.values()),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            num_aborted=self._num_aborted,
             num_moved=self._num_moved,
             num_tokens=self._num_tokens,
             first_token_timeout_s=self._first_token_timeout_s,
@@ -723,7 +730,9 @@ class Pool:
         stream._error = error
         if stream._deadline is not None:
             stream._deadline.cancel()
-        if error is not None:
+        if isinstance(error, _AbortedError):
+            self._num_aborted += 1
+        elif error is not None:
             self._num_failed += 1
         stream._wake()
         if stream._ended is not None:
@@ -780,7 +789,7 @@ class Pool:
             return
         if stream._link is not None:
             stream._link.cancel([stream._key])
-        self._settle(stream, error=RequestTimeoutError("the request was aborted by its client"))
+        self._settle(stream, error=_AbortedError("the request was aborted by its client"))
 
     def _expire(self, stream: Stream, timeout_s: float) -> None:
         if stream.done:
