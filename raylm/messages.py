@@ -182,10 +182,11 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         usage: Set on the last delta alone.
     """
 
+    # Tuples, because an empty one costs nothing: a pool keeps all deltas of the requests that are running.
     text: str
     num_tokens: int
-    token_ids: list[int] = []
-    logprobs: list[float] = []
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 

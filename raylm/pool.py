@@ -65,6 +65,8 @@ _HISTORY = 512
 _HISTORY_FACTOR = 8
 """The bound is this many times the slowest of them."""
 
+_ONE_READER = "a stream has one reader at a time"
+
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 _decode_reply = msgspec.msgpack.Decoder(PollReply).decode
@@ -204,14 +206,22 @@ class Stream:
         Raises:
             RaylmError: the request failed; deltas that came before the failure were returned first.
         """
-        while self._num_read == len(self._deltas):
-            if self.done:
-                if self._error is not None:
-                    raise self._error
+        # Once a token: the wait is spelled out here, for a call of `_news` would cost as much as the rest.
+        deltas, index = self._deltas, self._num_read
+        while index == len(deltas):
+            if self._receipt is not None:
                 raise StopAsyncIteration
-            await self._news()
-        self._num_read += 1
-        return self._deltas[self._num_read - 1]
+            if self._error is not None:
+                raise self._error
+            if self._waiter is not None:
+                raise RuntimeError(_ONE_READER)
+            waiter = self._waiter = self._pool.loop.create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+        self._num_read = index + 1
+        return deltas[index]
 
     @property
     def done(self) -> bool:
@@ -268,10 +278,10 @@ class Stream:
 
     async def _news(self) -> None:
         if self._waiter is not None:
-            raise RuntimeError("a stream has one reader at a time")
-        self._waiter = asyncio.get_running_loop().create_future()
+            raise RuntimeError(_ONE_READER)
+        waiter = self._waiter = self._pool.loop.create_future()
         try:
-            await self._waiter
+            await waiter
         finally:
             self._waiter = None
 

@@ -73,14 +73,14 @@ def test_merged_deltas_are_the_sum(parts: list[tuple[str, list[int]]]) -> None:
     merged, count = None, 0
     for text, ids in parts:
         count += len(ids)
-        delta = Delta(text, count, list(ids))
+        delta = Delta(text, count, tuple(ids))
         if merged is None:
             merged = delta
         else:
             merged.extend(delta)
     assert merged is not None
     assert merged.text == "".join(text for text, _ in parts)
-    assert merged.token_ids == [token for _, ids in parts for token in ids]
+    assert merged.token_ids == tuple(token for _, ids in parts for token in ids)
     assert merged.num_tokens == count
 
 

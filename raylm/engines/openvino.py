@@ -78,7 +78,7 @@ class _Generation:
             return
         self._num_tokens += len(output.token_ids)
         text, hit = self._stop_words.feed(self._detokenizer.feed(output.token_ids))
-        delta = Delta(text, self._num_tokens, output.token_ids, output.logprobs)
+        delta = Delta(text, self._num_tokens, tuple(output.token_ids), tuple(output.logprobs))
         if self._unsent:
             delta.text = self._unsent + text
             self._unsent = ""
