@@ -1,8 +1,8 @@
 """How long a batch of very unequal requests takes on unequal actors, against the least time it could take.
 
-400 simulated requests, each asking for 10 to 500 tokens (uniform, fixed seed), over 4 actors of 8 streams each: three of
-250 tokens/s a stream and one of half that speed. The ideal is all tokens divided by the speed of all streams together:
-nobody waits and nobody idles. Figures are times divided by that ideal.
+400 simulated requests, each asking for 10 to 500 tokens (uniform, fixed seed), over 4 actors of 8 streams each: three
+of 250 tokens/s a stream and one of half that speed. The ideal is all tokens divided by the speed of all streams
+together: nobody waits and nobody idles. Figures are times divided by that ideal.
 
 `makespan_ratio`: one pool over the four actors, `Pool.generate_many`. It knows the lengths and starts with the longest.
 `makespan_ratio_arrival_order`: the same pool, each request on its own by `Pool.generate` in random order, as when
@@ -82,7 +82,7 @@ async def run(longest: int, num_rounds: int) -> list[Figure]:
     lengths = [rng.randint(longest // 50, longest) for _ in range(NUM_REQUESTS)]
     requests = requests_of(lengths)
     ideal_s = sum(lengths) / (CAPACITY * sum(SPEEDS))
-    say(f"{NUM_REQUESTS} requests, {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all; ideal {ideal_s:.2f} s")
+    say(f"{NUM_REQUESTS} requests of {min(lengths)} to {max(lengths)} tokens; ideal {ideal_s:.2f} s")
 
     engines = [SimulatedConfig(tokens_per_s=speed, capacity=CAPACITY) for speed in SPEEDS]
     manager = await PoolManager.start(engines, SessionConfig())

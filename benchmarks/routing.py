@@ -8,8 +8,8 @@ random; the others to none. Each call is timed alone; an empty call timed the sa
 `choose_new_session_us`: the same for sessions that have no pin yet, when the table of pins is full and each new pin has
 to push out the least recently used one.
 `release_us`: mean time of `Router.release`.
-`bytes_per_pin`: growth of this process's resident memory while a million sessions get their pins, their 32-character ids
-included, by number of sessions.
+`bytes_per_pin`: growth of this process's resident memory while a million sessions get their pins, their 32-character
+ids included, by number of sessions.
 
 Baseline, in the same run and on the same slots: `min` over the loads of all slots that have room.
 """
@@ -97,9 +97,7 @@ def measure(num_steps: int) -> list[Figure]:
         router.up(number, CAPACITY)
     sessions, bytes_per_pin = pin_sessions(router, rng)
     say(f"{NUM_PINS:,} sessions pinned, {bytes_per_pin:.0f} bytes each")
-    outstanding = [
-        reserved(router.choose(rng.randrange(100, 4000))) for _ in range(int(LOAD * NUM_SLOTS * CAPACITY))
-    ]
+    outstanding = [reserved(router.choose(rng.randrange(100, 4000))) for _ in range(int(LOAD * NUM_SLOTS * CAPACITY))]
     choose, new, release, scanning, empty = (Timings() for _ in range(5))
 
     def step(timings: Timings, session: str | None) -> None:

@@ -10,10 +10,11 @@ carry on two cores; the subject runs at that number too, for a comparison of lik
 `token_plane_us`: CPU time (all threads, user and system) of the actor's and of this process, from before the first
 submission until the last reader is done, by number of tokens. The engine's own work and the readers' are in it.
 
-`token_plane_p99_ms`: delay from a token's tick to its reader, every token of 32 streams out of the 1,024. Token k is due
-at start + k / rate on the engine's clock, which never slips. The actor stamps the probes' tokens as the engine emits
-them, and the earliest stamp of all gives `start`; so an engine that emits late because its event loop is busy counts as
-delay. `token_plane_emit_p99_ms` is from the stamp of each token instead. Processes of one machine share CLOCK_MONOTONIC.
+`token_plane_p99_ms`: delay from a token's tick to its reader, for every token of 32 of the 1,024 streams. Token k is
+due at start + k / rate on the engine's clock, which never slips. The actor stamps the tokens of those streams as the
+engine emits them, and the earliest stamp of all gives `start`; so an engine that emits late because its event loop is
+busy counts as delay. `token_plane_emit_p99_ms` is from each token's own stamp instead. Both processes read the same
+CLOCK_MONOTONIC.
 
 `token_plane_gain`: CPU per token of the baseline, divided by `token_plane_us`.
 
@@ -256,9 +257,7 @@ async def run(num_tokens: int) -> list[Figure]:
     pairs = list(zip(full, same, baseline, strict=True))
     return [
         Figure("token_plane_us", median([a.us_per_token for a in full]), "us/token", 10, "lower"),
-        Figure(
-            "token_plane_p99_ms", median([1e3 * quantile(a.due_delays_s, 0.99) for a in full]), "ms", 20, "lower"
-        ),
+        Figure("token_plane_p99_ms", median([1e3 * quantile(a.due_delays_s, 0.99) for a in full]), "ms", 20, "lower"),
         Figure("token_plane_gain", median([c.us_per_token / a.us_per_token for a, _, c in pairs]), "", 20),
         Figure(
             f"token_plane_gain_at_{NUM_BASELINE_STREAMS}",

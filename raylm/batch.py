@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,7 @@ async def run_batch(
     *,
     defaults: Mapping[str, Any] | None = None,
     window: int | None = None,
-) -> AsyncIterator[tuple[Row | BadRow, Result]]:
+) -> AsyncGenerator[tuple[Row | BadRow, Result], None]:
     """Run rows in the pool's batch lane and yield each with its result, in input order.
 
     Leaving early aborts what is running; close the generator for that, as `contextlib.aclosing` does.
@@ -189,13 +189,13 @@ async def run_batch(
                 head[1].abort()
 
 
-def encode_row(row: Row | BadRow, result: Result) -> bytes:
-    """Return the output row of a row and its result, as one line of JSON."""
+def encode_row(row_id: str | int, result: Result) -> bytes:
+    """Return an output row, as one line of JSON."""
     if isinstance(result, RaylmError):
-        failed = _Failed(id=row.id, error=_Error(type=type(result).__name__, message=result.message))
+        failed = _Failed(id=row_id, error=_Error(type=type(result).__name__, message=result.message))
         return _encode(failed) + b"\n"
     answered = _Answered(
-        id=row.id,
+        id=row_id,
         text=result.text,
         finish_reason=result.finish_reason,
         usage=result.usage,
@@ -228,7 +228,7 @@ def output_file(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     partial = path.with_name(path.name + ".partial")
     for taken in (path, partial):
         if taken.exists() and not overwrite:
-            raise FileExistsError(f"{taken} is there already; it is kept unless you ask for overwriting")
+            raise FileExistsError(f"{taken} is there already, and is replaced only on request")
     try:
         with partial.open("wb") as file:
             yield file
@@ -269,7 +269,7 @@ def _decode(line: bytes | str) -> dict[str, Any]:
         fields: dict[str, Any] = msgspec.json.decode(line, type=dict)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"a row is a JSON object: {error}") from None
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequestError(f"not valid JSON: {error}") from None
     return fields
 

@@ -1,7 +1,7 @@
 """The engines that the conformance suite runs on, and what tests of engines have in common."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from raylm.config import EngineConfig, OpenVINOConfig, SimulatedConfig
@@ -29,9 +29,11 @@ def build(config: EngineConfig) -> Engine:
     return SimulatedEngine(config)
 
 
-def make_request(
-    prompt: str | tuple[Message, ...], generated: Generated | None = None, **parameters: object
-) -> Request:
+Prompt = str | tuple[Message, ...]
+"""A raw prompt or a conversation."""
+
+
+def make_request(prompt: Prompt, generated: Generated | None = None, **parameters: object) -> Request:
     """Return a request with a prompt or a conversation. Greedy, if `parameters` do not say otherwise."""
     return Request(
         request_id="test",
@@ -100,6 +102,11 @@ async def run(engine: Engine, request: Request) -> Record:
     record = Record()
     await engine.generate(request, record.emit)
     return record
+
+
+async def run_all(engine: Engine, requests: Sequence[Request]) -> list[Record]:
+    """Generate requests together."""
+    return await asyncio.gather(*(run(engine, request) for request in requests))
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -1,0 +1,418 @@
+"""The command line, as a process with a real stdin, stdout and exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raylm._version import __version__
+from raylm.engines.simulated import greedy_text
+
+RAYLM = str(Path(sys.executable).with_name("raylm"))
+TIMEOUT_S = 120.0
+
+
+def engine(**settings: Any) -> str:
+    """Return the option that makes it the simulated engine."""
+    return "--engine-config=" + json.dumps({"kind": "simulated", "tokens_per_s": 500, **settings})
+
+
+def run(cluster: str | None, *args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `raylm` to its end on a cluster, or where that is None on none."""
+    return subprocess.run(
+        [RAYLM, *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+        env=environment(cluster, **env),
+    )
+
+
+def environment(cluster: str | None, **env: str) -> dict[str, str]:
+    """Return the environment of a process that finds `cluster`, and a terminal of fixed width."""
+    outer = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAYLM_DEBUG"}}
+    return {**outer, **({} if cluster is None else {"RAY_ADDRESS": cluster}), "COLUMNS": "200", **env}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` is true. The test's timeout is the limit."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+ON_TERMINAL = """
+import os, sys
+terminal = os.open(sys.argv[1], os.O_RDWR)  # the first terminal that a session opens controls it
+for descriptor in range(3):
+    os.dup2(terminal, descriptor)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Terminal:
+    """`raylm` on a pseudo-terminal, and a person at it."""
+
+    def __init__(self, cluster: str, *args: str) -> None:
+        self._ours, theirs = os.openpty()
+        self._seen = ""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, os.ttyname(theirs), RAYLM, *args],
+            env=environment(cluster, TERM="xterm"),
+            start_new_session=True,
+        )
+        self._seen = os.read(self._ours, 4096).decode()
+        os.close(theirs)  # only now that the process has it too: reading ends when nobody has
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._ours, text.encode())
+
+    def wait(self, pattern: str) -> None:
+        """Return when `pattern` has been shown, after what the last wait ended with."""
+        while (match := re.search(pattern, self._seen)) is None:
+            self._seen += os.read(self._ours, 4096).decode()
+        self._seen = self._seen[match.end() :]
+
+    def end(self) -> int:
+        """Return the exit code, once it has ended."""
+        with suppress(OSError):  # how Linux says that nobody has the other end
+            while os.read(self._ours, 4096):
+                pass
+        os.close(self._ours)
+        return self._process.wait(TIMEOUT_S)
+
+
+# Without Ray
+
+
+def test_version() -> None:
+    """`--version` prints the version."""
+    result = run(None, "--version")
+    assert (result.returncode, result.stdout) == (0, f"raylm {__version__}\n")
+
+
+@pytest.mark.parametrize("verb", [[], ["generate"], ["chat"], ["batch"], ["demo"]])
+def test_help_tells_the_exit_codes(verb: list[str]) -> None:
+    """The help of every verb lists what a script can rely on."""
+    assert "130 interrupted" in run(None, *verb, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["generate", "x", "--bogus"], "No such option: --bogus"),
+        (["generate", "x", "--temperature=-1"], "error: temperature: expected `float` >= 0.0, got -1.0"),
+        (["generate", ""], "error: prompt: the prompt is empty"),
+        (["generate", "-", "-"], "give - once"),
+        (["chat", '--engine-config={"kind": "simulated", "speed": 1}'], "simulated.speed: Extra inputs"),
+        (["batch", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
+        (["demo", "--kill"], "needs --replicas 2 or more"),
+    ],
+)
+def test_wrong_usage(args: list[str], reason: str) -> None:
+    """What is wrong with the command line is told before anything is started, with exit code 2."""
+    result = run(None, *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    """With RAYLM_DEBUG=1 an error keeps its traceback."""
+    result = run(None, "generate", "", RAYLM_DEBUG="1")
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("raylm.errors.InvalidRequestError: prompt:")
+
+
+def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
+    """A batch does not replace an output unasked, and says so before it starts anything."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.touch()
+    target.write_text("precious")
+    result = run(None, "batch", str(source), "-o", str(target))
+    assert result.returncode == 2
+    assert "is there already" in result.stderr
+    assert target.read_text() == "precious"
+
+
+# generate
+
+
+def test_generate_prints_texts(cluster: str) -> None:
+    """Texts are in the order of the prompts, `-` is stdin without its last line end, and stdout has nothing else."""
+    result = run(
+        cluster, "generate", "a b", "-", "c", "--temperature=0", "--max-new-tokens=4", engine(), stdin="from stdin\n"
+    )
+    assert result.returncode == 0
+    assert result.stdout == "".join(f"{greedy_text(prompt, 4)}\n" for prompt in ("a b", "from stdin", "c"))
+
+
+def test_generate_prints_json(cluster: str) -> None:
+    """With `--json` each prompt has a row with its number, and a failed one an error instead of a text."""
+    options = ("--json", "--max-new-tokens=4", "--temperature=0", engine(max_context=10))
+    result = run(cluster, "generate", "good", "word " * 20, *options)
+    answered, failed = map(json.loads, result.stdout.splitlines())
+    assert (answered["id"], answered["text"]) == (1, greedy_text("good", 4))
+    assert answered["receipt"]["engine"] == "simulated"
+    assert (failed["id"], failed["error"]["type"], "text" in failed) == (2, "ContextLengthError", False)
+    assert result.returncode == 1
+    assert "prompt 2: ContextLengthError: " in result.stderr
+
+
+def test_stop_words_and_seed(cluster: str) -> None:
+    """`--stop` may be repeated, and the same seed gives the same text."""
+    words = greedy_text("a", 4).split()
+    result = run(cluster, "generate", "a", f"--stop={words[3]}", f"--stop={words[2]}", "--temperature=0", engine())
+    assert result.stdout == f"{words[0]} {words[1]} \n"
+
+
+def test_a_pool_that_does_not_fit(cluster: str) -> None:
+    """More replicas than the cluster holds: one line that says how many fit, and exit code 3."""
+    result = run(cluster, "generate", "a", "--replicas=1000", "--backend=openvino")
+    assert result.returncode == 3
+    assert re.fullmatch(r"error: 1000 replicas of 1 CPU each.* do not fit.*\n", result.stderr)
+
+
+def test_the_real_model(cluster: str) -> None:
+    """Out of the box, `raylm generate` continues a text with the built-in model."""
+    result = run(cluster, "generate", "The capital of France is", "--temperature=0", "--max-new-tokens=8")
+    assert "Paris" in result.stdout
+    assert result.returncode == 0
+
+
+# batch
+
+MIXED = """\
+{"prompt": "first", "max_new_tokens": 9}
+{"id": "chat", "messages": [{"role": "user", "content": "hello"}]}
+
+not json
+{"id": "both", "prompt": "x", "messages": []}
+{"prompt": ""}
+{"prompt": "x", "max_tokens": 5}
+{"id": "\u00fcn\u00ef\u2713", "prompt": "\u4f60\u597d \U0001f680"}
+{"id": "long", "prompt": "w w w w w w w w w w w w w w w w w w w w w w"}
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A batch of good and bad rows on two replicas, and the folder of its output."""
+    folder = tmp_path_factory.mktemp("batch")
+    (folder / "in.jsonl").write_text(MIXED)
+    result = run(
+        cluster,
+        "batch",
+        str(folder / "in.jsonl"),
+        f"--output={folder / 'out.jsonl'}",
+        "--replicas=2",
+        "--temperature=0",
+        "--max-new-tokens=4",
+        engine(max_context=20),
+    )
+    return result, folder
+
+
+Mixed = tuple[subprocess.CompletedProcess[str], Path]
+
+
+def test_batch_keeps_the_order(mixed: Mixed) -> None:
+    """Every row is there once, in input order, named by its id or its line."""
+    _, folder = mixed
+    assert [row["id"] for row in rows_of(folder / "out.jsonl")] == [
+        1,
+        "chat",
+        4,
+        "both",
+        6,
+        7,
+        "\u00fcn\u00ef\u2713",
+        "long",
+    ]
+
+
+def test_batch_answers_good_rows(mixed: Mixed) -> None:
+    """Prompts are raw, conversations are conversations, and a row's own parameter wins over the option."""
+    _, folder = mixed
+    texts = {row["id"]: row["text"] for row in rows_of(folder / "out.jsonl") if "text" in row}
+    assert texts == {
+        1: greedy_text("first", 9),
+        "chat": greedy_text("user: hello\n", 4),
+        "\u00fcn\u00ef\u2713": greedy_text("\u4f60\u597d \U0001f680", 4),
+    }
+
+
+def test_batch_reports_bad_rows(mixed: Mixed) -> None:
+    """A bad row has an error that names its line, and no text; the exit code says that there are some."""
+    result, folder = mixed
+    errors = {row["id"]: row["error"] for row in rows_of(folder / "out.jsonl") if "text" not in row}
+    assert {row_id: error["message"].partition(":")[0] for row_id, error in errors.items()} == {
+        4: "line 4",
+        "both": "line 5",
+        6: "line 6",
+        7: "line 7",
+        "long": errors["long"]["message"].partition(":")[0],
+    }
+    assert errors["long"]["type"] == "ContextLengthError"
+    assert result.returncode == 1
+
+
+def test_batch_sums_up(mixed: Mixed) -> None:
+    """The summary is on stderr: rows, failures, tokens, rates, and each slot's share. Stdout has nothing."""
+    result, _ = mixed
+    assert result.stdout == ""
+    assert re.search(r"8 rows, 5 failed, 17 tokens in [\d.]+ s, [\d.]+ rows/s, \d+ tokens/s\n", result.stderr)
+    shares = re.findall(r"slot (\d) on \S+: (\d) rows, \d+ tokens \(\d+%\)\n", result.stderr)
+    assert sum(int(num_rows) for _, num_rows in shares) == 3
+
+
+def test_batch_leaves_no_partial_file(mixed: Mixed) -> None:
+    """A batch that has ended leaves the output alone."""
+    _, folder = mixed
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_batch_of_nothing(cluster: str, tmp_path: Path) -> None:
+    """An empty file gives an empty output, which is no failure; with `--overwrite` in place of an old one."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.touch()
+    target.write_text("old")
+    result = run(cluster, "batch", str(source), "-o", str(target), "--overwrite", engine())
+    assert (result.returncode, target.read_text()) == (0, "")
+
+
+def test_batch_in_a_pipe(cluster: str) -> None:
+    """Rows from stdin are answered on stdout while stdin is still open."""
+    with subprocess.Popen(
+        [RAYLM, "batch", "-", "--temperature=0", "--max-new-tokens=4", engine()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(cluster),
+        text=True,
+        bufsize=1,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for prompt in ("a", "b"):
+            process.stdin.write(json.dumps({"prompt": prompt}) + "\n")
+            assert json.loads(process.stdout.readline())["text"] == greedy_text(prompt, 4)
+        process.stdin.close()
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_batch_draws_a_bar(cluster: str, tmp_path: Path) -> None:
+    """On a terminal a batch shows how far it is."""
+    source = tmp_path / "in"
+    source.write_text('{"prompt": "a"}\n' * 3)
+    terminal = Terminal(cluster, "batch", str(source), f"--output={tmp_path / 'out'}", "--max-new-tokens=4", engine())
+    terminal.wait(r"3/3.*0 failed, .* rows/s, .* tokens/s")
+    assert terminal.end() == 0
+
+
+@contextmanager
+def endless_batch(cluster: str | None, folder: Path, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A batch whose first row is in the output, and whose second one takes for ever."""
+    (folder / "in").write_text('{"prompt": "a", "max_new_tokens": 4}\n{"prompt": "b", "max_new_tokens": 100000000}\n')
+    command = [RAYLM, "batch", str(folder / "in"), f"--output={folder / 'out'}", engine(max_context=10**9), *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(cluster), start_new_session=True) as process:
+        partial = folder / "out.partial"
+        until(lambda: partial.exists() and partial.stat().st_size > 0)
+        yield process
+
+
+def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
+    """Ctrl-C ends a batch that has a Ray of its own: exit code 130, no process left, and the rows so far kept."""
+    with endless_batch(None, tmp_path, "--address=local") as process:
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in child.name() for child in started)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+    assert [row["id"] for row in rows_of(tmp_path / "out.partial")] == [1]
+    assert not (tmp_path / "out").exists()
+    assert f"the first 1 rows are in {tmp_path / 'out'}.partial" in said.decode()
+
+
+def test_sigterm_ends_in_order(cluster: str, tmp_path: Path) -> None:
+    """SIGTERM ends a batch as Ctrl-C does."""
+    with endless_batch(cluster, tmp_path) as process:
+        process.terminate()
+        _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert "the first 1 rows" in said.decode()
+
+
+# chat
+
+
+def test_chat_in_a_script(cluster: str) -> None:
+    """Without a terminal a line is a turn, answers are all of stdout, and the conversation is kept until `/new`."""
+    result = run(
+        cluster,
+        "chat",
+        "--system=be brief",
+        "--temperature=0",
+        "--max-new-tokens=4",
+        engine(),
+        stdin="hello\n\nand?\n/new\nhello\n/exit\nnever\n",
+    )
+    begin = "system: be brief\nuser: hello\n"
+    first = greedy_text(begin, 4)
+    second = greedy_text(f"{begin}assistant: {first}\nuser: and?\n", 4)
+    assert (result.returncode, result.stdout) == (0, f"{first}\n{second}\n{first}\n")
+
+
+def test_chat_that_outgrows_the_context(cluster: str) -> None:
+    """A turn that does not fit is told on stderr, is no text, and makes the exit code 1."""
+    result = run(cluster, "chat", engine(max_context=10), stdin=f"{'word ' * 20}\n")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "outgrown" in result.stderr
+
+
+def test_chat_on_a_terminal(cluster: str) -> None:
+    """Ctrl-C stops the answer and the chat goes on; Ctrl-D ends it."""
+    terminal = Terminal(cluster, "chat", "--temperature=0", "--max-new-tokens=2000", engine(tokens_per_s=20))
+    terminal.wait("> ")
+    terminal.type("hello\n")
+    terminal.wait(greedy_text("user: hello\n", 3))
+    terminal.type("\x03")
+    terminal.wait("stopped")
+    terminal.wait("> ")
+    terminal.type("hello\n")
+    terminal.wait(greedy_text("user: hello\n", 3))  # the stopped turn is not part of the conversation
+    terminal.type("\x03")
+    terminal.wait("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+# demo
+
+
+def test_demo_survives_a_kill(cluster: str) -> None:
+    """The demo kills one of two actors in mid-batch, and every question and every turn is answered."""
+    result = run(cluster, "demo", "--replicas=2", "--kill", engine(tokens_per_s=50))
+    assert result.returncode == 0
+    assert re.search(r"kill -9 \d+: the actor of slot \d, with \d+ questions in it", result.stdout)
+    assert "24 of 24 questions answered" in result.stdout
+    assert "moved:died" in result.stdout
+    assert result.stdout.count("session pinned to slot") == 9
