@@ -9,18 +9,20 @@ import asyncio
 import atexit
 import logging
 import os
+import socket
 import threading
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 import msgspec
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from raylm.actors.manager import PoolManager, nodes
-from raylm.config import EngineConfig, OpenVINOConfig, PoolConfig, SessionConfig
+from raylm.config import Backend, EngineConfig, OpenVINOConfig, PoolConfig, SessionConfig
 from raylm.conversation import Conversations
 from raylm.errors import (
     ContextLengthError,
@@ -28,6 +30,7 @@ from raylm.errors import (
     InvalidRequestError,
     NoActorError,
     PartialFailureError,
+    PlacementError,
     RaylmError,
     SessionNotFoundError,
 )
@@ -36,11 +39,11 @@ from raylm.models import model_name as short_name
 from raylm.pool import Pool, PoolStatistics, Stream
 from raylm.template import MetaTemplate, parse_messages
 
-Backend = Literal["auto", "turbomind", "pytorch", "openvino"]
 Conversation = Sequence[Mapping[str, str] | Message]
 T = TypeVar("T")
 
 _OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
+_CONNECT_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -129,7 +132,7 @@ class AsyncLMDeployPipeline:
         """Connect to Ray, create the actors and load the model in each.
 
         Raises:
-            PlacementError: the cluster cannot hold the actors.
+            PlacementError: there is no cluster at the address, or it cannot hold the actors.
             EngineStartError: the engine did not start; the text says what to do.
         """
         if not ray.is_initialized():
@@ -250,7 +253,7 @@ class AsyncLMDeployPipeline:
         sequence_end: bool = True,
         timeout: float | None = None,
         **overrides: Any,
-    ) -> AsyncIterator[tuple[Status, str, int]]:
+    ) -> AsyncGenerator[tuple[Status, str, int], None]:
         """Answer one turn of a conversation, token by token.
 
         Args:
@@ -283,7 +286,8 @@ class AsyncLMDeployPipeline:
                 async for delta in stream:
                     parts += delta.text
                     yield Status.STREAM_ING, parts, delta.num_tokens
-                yield Status.END, parts, stream.num_tokens
+            # After the block, which adds the turn to the session: a caller may leave at END.
+            yield Status.END, parts, stream.num_tokens
         except SessionNotFoundError:
             yield Status.SESSION_CLOSED, "", 0
         except ContextLengthError:
@@ -518,7 +522,7 @@ class LMDeployPipeline:
         sequence_end: bool = True,
         timeout: float | None = None,
         **overrides: Any,
-    ) -> Iterator[tuple[Status, str, int]]:
+    ) -> Generator[tuple[Status, str, int], None, None]:
         """Answer one turn of a conversation, token by token. See `AsyncLMDeployPipeline.stream_chat`."""
         steps = self._pipeline.stream_chat(
             inputs,
@@ -532,11 +536,11 @@ class LMDeployPipeline:
         try:
             while True:
                 try:
-                    yield self._run(anext(steps))  # type: ignore[arg-type]
+                    yield self._run(anext(steps))
                 except StopAsyncIteration:
                     return
         finally:
-            self._run(steps.aclose())  # type: ignore[attr-defined]
+            self._run(steps.aclose())
 
     def end_session(self, session_id: int | str) -> None:
         """Forget a session. See `AsyncLMDeployPipeline.end_session`."""
@@ -568,11 +572,12 @@ class LMDeployPipeline:
     def __repr__(self) -> str:
         return repr(self._pipeline).replace("Async", "", 1)
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _run(self, work: Awaitable[T]) -> T:
         if not self._loop.running:
-            coroutine.close()
+            if isinstance(work, Coroutine):
+                work.close()
             raise NoActorError("the pipeline was closed; make a new one")
-        return self._loop.run(coroutine)
+        return self._loop.run(work)
 
 
 class _LoopThread:
@@ -587,23 +592,26 @@ class _LoopThread:
     def running(self) -> bool:
         return not self._loop.is_closed()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end. An interrupt of the waiting thread cancels it, and waits for its clean-up."""
+    def run(self, work: Awaitable[T]) -> T:
+        """Await something to its end. An interrupt of the waiting thread cancels it, and waits for its clean-up."""
+        tasks: list[asyncio.Task[T]] = []
         ended = threading.Event()
 
-        async def run() -> T:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
+        async def wait() -> T:
+            return await work
 
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        def start() -> None:
+            tasks.append(self._loop.create_task(wait()))
+            tasks[0].add_done_callback(lambda _: ended.set())
+
+        self._loop.call_soon_threadsafe(start)
         try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
+            ended.wait()
+        except BaseException:
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
             ended.wait()
             raise
+        return tasks[0].result()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -613,19 +621,41 @@ class _LoopThread:
 
 
 def _connect(address: str | None) -> bool:
-    """Connect this process to Ray; return whether a local cluster was started for it."""
+    """Connect this process to Ray; return False where it was connected already.
+
+    Without an address that is the cluster of `RAY_ADDRESS`, or the one that `ray start` started on this machine. It is
+    not one that another program has started for itself, for that ends with its program.
+
+    Raises:
+        PlacementError: there is no cluster at the address that was asked for.
+    """
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address != "local":
+    asked_for = address or os.environ.get("RAY_ADDRESS")
+    # Ray has no public word for "is there one?", and would try a silent address for many minutes.
+    found = canonicalize_bootstrap_address(address)
+    if found is not None and (asked_for or _answers(found)):
+        if not _answers(found):
+            raise PlacementError(f"no Ray cluster answers at {asked_for}; start one there, or leave the address out")
         try:
-            ray.init(address=address or os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-        except ConnectionError:
-            if address is not None or "RAY_ADDRESS" in os.environ:
-                raise  # that cluster was asked for, and no other
-        else:
-            return True
-    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+            ray.init(address=found, **quiet)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"cannot connect to the Ray cluster at {found}: {error}. If it checks tokens, set RAY_AUTH_MODE=token "
+                "before this program starts"
+            ) from error
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    return True
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
     return True
 
 

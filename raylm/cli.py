@@ -34,7 +34,7 @@ from contextlib import (
 )
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TextIO, TypeVar
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -43,7 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from raylm._version import __version__
-from raylm.config import EngineConfig
+from raylm.config import Backend, EngineConfig
 from raylm.errors import CapacityError, EngineStartError, InvalidRequestError, RaylmError
 from raylm.messages import GenerationConfig, Status
 
@@ -87,10 +87,7 @@ _Model = Annotated[
 ]
 _Replicas = Annotated[int, typer.Option(min=1, help="Actors that serve the model.")]
 _Tp = Annotated[int, typer.Option(min=1, help="GPUs of one replica; 1 on CPU.")]
-# raylm.api.Backend, spelled out because importing that takes as long as Ray.
-_Backend = Annotated[
-    Literal["auto", "turbomind", "pytorch", "openvino"], typer.Option(help="Engine; auto goes by the hardware.")
-]
+_Backend = Annotated[Backend, typer.Option(help="Engine; auto goes by the hardware.")]
 _EngineSettings = Annotated[
     str | None,
     typer.Option("--engine-config", metavar="JSON", help="Settings of the engine, with its kind.", show_default=False),
@@ -132,6 +129,9 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 def main() -> None:
     """Run the command line: the console script `raylm`."""
     logging.basicConfig(handlers=[_LogHandler()], level=logging.WARNING, format="%(message)s")
+    if (Path.home() / ".ray" / "auth_token").exists():
+        # As `ray start` does: a cluster of this user checks this token. Ray reads the mode when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         app(prog_name="raylm")
     except Exception as error:  # the border to a person, who gets one line
@@ -579,7 +579,7 @@ class _Chat:
             **self._sampling,
         )
         try:
-            with closing(steps):  # type: ignore[type-var]
+            with closing(steps):
                 for status, text, _ in steps:  # noqa: B007
                     print(text[num_shown:], end="", flush=True, file=self._answers)
                     num_shown = len(text)

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Backend = Literal["auto", "turbomind", "pytorch", "openvino"]
+"""Engines by the name that lmdeploy's users know them by; `auto` goes by the cluster's hardware."""
+
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -24,6 +27,9 @@ class OpenVINOConfig(_Config):
         cache_size_gb: Memory for the KV cache, in GiB.
         num_threads: CPU threads for inference; None lets OpenVINO decide.
         deterministic: Greedy text that does not depend on what else is in the batch, at about 60 % of the speed.
+        prefix_caching: Keep the KV cache of finished requests, so that a later turn of a conversation costs only what
+            is new in it. Not where requests are cancelled or branch off one text: openvino-genai 2026.4 then reuses
+            wrong entries, and the text is wrong without an error.
         start_timeout_s: Limit on loading the model once its files are there.
     """
 
@@ -35,6 +41,7 @@ class OpenVINOConfig(_Config):
     cache_size_gb: int = Field(default=1, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
     deterministic: bool = False
+    prefix_caching: bool = False
     start_timeout_s: PositiveFloat = 300
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ray.exceptions
 
 from raylm.actors.sessions import Claim
-from raylm.errors import RaylmError, SessionError
+from raylm.errors import RaylmError, SessionError, SessionNotFoundError
 from raylm.messages import Message, Request
 from raylm.pool import Pool, Stream
 
@@ -58,11 +58,18 @@ class Conversations:
             RaylmError: whatever the generation raised. The session is as it was before the turn.
         """
         turn_id = uuid.uuid4().hex
-        claim: Claim = await _ask(
-            self._store.claim.remote(session_id, self._pool.router.candidate(), turn_id, start=start)
-        )
+        router = self._pool.router
+        candidate = router.pinned(session_id)
+        if candidate is None:
+            candidate = router.candidate()
+            router.pin(session_id, candidate)  # now, so that the next new session has another candidate
         try:
-            self._pool.router.pin(session_id, claim.slot)
+            claim: Claim = await _ask(self._store.claim.remote(session_id, candidate, turn_id, start=start))
+        except SessionNotFoundError:
+            router.unpin(session_id)
+            raise
+        try:
+            router.pin(session_id, claim.slot)
             transcript = claim.messages + messages
             async with self._pool.stream(
                 make_request(transcript), session_id=session_id, timeout_s=timeout_s
@@ -107,6 +114,5 @@ async def _ask(call: Any) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise SessionError(
-            f"the session store was lost and is being restarted; begin a new session: {error}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise SessionError(f"the session store was lost and is started again; begin a new session: {reason}") from error

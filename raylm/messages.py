@@ -117,6 +117,7 @@ def _explain(error: msgspec.ValidationError, fields: Mapping[str, Any]) -> str:
     """Turn msgspec's "Expected ... - at `$.top_p`" into a sentence that shows the value."""
     reason, _, path = str(error).partition(" - at `$.")
     name = path.rstrip("`").partition("[")[0]
+    reason = reason.partition(", got")[0]  # msgspec names the type where the value tells more
     value = f", got {fields[name]!r}" if name in fields else ""
     return f"{name or 'generation parameters'}: {reason[:1].lower()}{reason[1:]}{value}"
 

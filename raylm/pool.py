@@ -8,8 +8,8 @@ What can go wrong with an attempt, and what follows:
 
 1.  The actor dies (`_Link.lost`). Every request there goes back to the head of the queue and continues elsewhere after
     the tokens it already has. Any of them may be what killed the actor, so each is under suspicion until its next
-    attempt has got past the point where the last one was lost: one trial in a slot at a time. If an actor dies with a
-    request on trial, that request is what kills actors, and it alone fails.
+    attempt has got past the point where the last one was lost, and a slot has one request on trial at a time. If an
+    actor dies with a request on trial, that request is what kills actors, and it alone fails.
 2.  The engine raises. A wrong request fails; anything that may work elsewhere goes back to the queue.
 3.  Nothing is heard for too long (`_watch`). The attempt is cancelled and the request goes elsewhere. The actor gets a
     health check, and is replaced if it does not pass.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -52,9 +53,17 @@ from raylm.errors import (
 from raylm.messages import Completion, Delta, EngineStatistics, Generated, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
 
-_TRIAL_S = 0.1
-"""A stream on trial is acquitted this long after its first new token. An actor that dies takes the tokens of its last
-poll with it, and the attempt has to get past those: several polls, and still short beside a prefill."""
+_STREAM_TRIAL_S = 0.1
+"""A stream on trial is acquitted by its first delta this long after its first new token. An actor that dies takes the
+tokens of its last poll with it, and the attempt has to get past those: several polls, and still short beside a prefill.
+A delta has to show it, for the death of an actor is known only a second later."""
+
+_TRIAL_S = 0.8 * PROGRESS_S
+"""The same for a request that is not streamed: by then its second progress is told, and what was lost is behind it."""
+
+_TRIALS_IN_A_ROW = 16
+"""With more suspects than this for each slot, several are on trial at once, so that the last one does not wait for
+minutes."""
 
 _MAX_START_FAILURES = 3
 """A slot whose engine fails to start this often in a row counts as failed."""
@@ -139,6 +148,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_acquit_at",
         "_attempts",
         "_avoid",
         "_deadline",
@@ -163,6 +173,7 @@ class Stream:
         "_suspect",
         "_tokens",
         "_waiter",
+        "_watched",
         "request",
     )
 
@@ -186,6 +197,8 @@ class Stream:
         self._key = 0
         self._reservation: Reservation | None = None
         self._spoke = False  # it has produced a token
+        self._watched = True  # it has not, or it is on trial
+        self._acquit_at = 0.0
         self._on_trial = False
         self._heard_at = 0.0
         # All attempts:
@@ -315,6 +328,7 @@ class _Link:
         self.streams: dict[int, Stream] = {}  # by key of their attempt
         self.client_id = ""
         self.outbox: list[Stream] = []
+        self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
         self.suspicion: asyncio.Task[None] | None = None
 
@@ -353,6 +367,8 @@ class _Link:
                     self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
             except ray.exceptions.RayActorError as error:
                 self.lost(_first_line(error))
+            except ray.exceptions.RayTaskError as error:
+                self.lost(str(_unwrap(error)), died=False)
 
     def on_reply(self, reply: PollReply) -> None:
         """Hand every delta to its stream."""
@@ -364,8 +380,8 @@ class _Link:
             if stream is None:
                 continue  # of an attempt that was given up
             stream._deltas.append(delta)
-            if not stream._spoke:
-                self.pool._first_token(stream, now)
+            if stream._watched:
+                self.pool._hear(stream, now)
             stream._heard_at = now
             if delta.finish_reason is not None:
                 self.pool._finish(stream, delta)
@@ -382,6 +398,15 @@ class _Link:
             self.pool.loop.call_soon(self.flush)
         self.outbox.append(stream)
 
+    async def send_to_living(self, stream: Stream, key: int) -> None:
+        """Send a stream on trial once the actor has shown that it is alive, so that no earlier death is laid to it."""
+        try:
+            await self.actor.statistics.remote()
+        except ray.exceptions.RayActorError:
+            return  # the poll in flight tells
+        if stream._link is self and stream._key == key:
+            self.send(stream)
+
     def flush(self) -> None:
         """Submit the outbox in one call."""
         batch = [(stream._key, stream) for stream in self.outbox if stream._link is self]
@@ -389,27 +414,27 @@ class _Link:
         if not batch:
             return
         requests = []
-        for _, stream in batch:
+        for key, stream in batch:
+            self.unsent.discard(key)
             request = stream.request
             if stream._attempts > 1:
                 request = msgspec.structs.replace(request, generated=stream._generated())
             requests.append(request)
         submission = _encode(Submission([key for key, _ in batch], requests))
-        self.pool._own(self._submit(self.actor.submit.remote(self.client_id, submission), batch))
+        # The call leaves here and now, so that no `cancel` overtakes it.
+        call = self.actor.submit.remote(self.client_id, submission)
+        self.pool._own(self._await_submit(call, self.client_id, batch))
 
-    async def _submit(self, call: Any, batch: list[tuple[int, Stream]]) -> None:
+    async def _await_submit(self, call: Any, client_id: str, batch: list[tuple[int, Stream]]) -> None:
         try:
             await call
         except ray.exceptions.RayActorError as error:
-            self._return(batch, "died", error)  # never started, and so under no suspicion
-            self.lost(_first_line(error))
+            if self.client_id == client_id:  # else the poll has told before, and the slot is up again
+                self.lost(_first_line(error))
         except ray.exceptions.RayTaskError as error:
-            self._return(batch, "failed", error)
-
-    def _return(self, batch: list[tuple[int, Stream]], cause: str, error: Exception) -> None:
-        for key, stream in batch:
-            if self.streams.get(key) is stream:
-                self.pool._move(stream, cause, ActorLostError(f"slot {self.number}: {_first_line(error)}"))
+            for key, stream in batch:
+                if self.streams.get(key) is stream:
+                    self.pool._move(stream, "failed", ActorLostError(f"slot {self.number}: {_first_line(error)}"))
 
     def cancel(self, keys: list[int]) -> None:
         """Abort attempts at the actor."""
@@ -419,15 +444,15 @@ class _Link:
         with suppress(ray.exceptions.RayActorError):  # a dead actor has nothing left to abort
             await call
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, *, died: bool = True) -> None:
         """Close the slot and move everything that was in it. Does nothing when that is done."""
         if self.state == "down":
             return
         self.state = "down"
-        self.num_deaths += 1
+        self.num_deaths += died
         self.statistics = None
         _log.warning("slot %d lost its actor with %d requests in it: %s", self.number, len(self.streams), why)
-        self.pool._slot_down(self, why)
+        self.pool._slot_down(self, why, died=died)
 
     def _failed(self, error: RaylmError) -> None:
         self.state = "failed"
@@ -456,6 +481,7 @@ class Pool:
         self._links: dict[int, _Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._suspects: deque[Stream] = deque()
+        self._trials_at_once = 1  # in each slot
         self._lanes: dict[Lane, deque[Stream]] = {"interactive": deque(), "batch": deque()}
         self._pinned: dict[int, deque[Stream]] = {}  # waiting for the one slot they are pinned to
         self._num_waiting = 0
@@ -691,7 +717,8 @@ class Pool:
             stream = queue.popleft()
             if stream.done:
                 continue
-            reservation = self.router.choose(stream._tokens, stream._session_id, stream._avoid, trial=stream._suspect)
+            trial = self._trials_at_once if stream._suspect else None
+            reservation = self.router.choose(stream._tokens, stream._session_id, stream._avoid, trial=trial)
             if reservation is None:
                 kept.append(stream)
                 if in_order:
@@ -712,10 +739,15 @@ class Pool:
         stream._key = next(self._keys)
         stream._attempts += 1
         stream._spoke = False
+        stream._watched = True
         stream._on_trial = stream._suspect
         stream._heard_at = now
         link.streams[stream._key] = stream
-        link.send(stream)
+        link.unsent.add(stream._key)
+        if stream._on_trial:
+            self._own(link.send_to_living(stream, stream._key))
+        else:
+            link.send(stream)
 
     # The end of an attempt
 
@@ -725,6 +757,7 @@ class Pool:
         if link is None or reservation is None:
             return
         del link.streams[stream._key]
+        link.unsent.discard(stream._key)
         self.router.release(reservation)
         stream._link = None
         stream._reservation = None
@@ -776,7 +809,7 @@ class Pool:
         else:
             self._move(stream, "failed", error)
 
-    def _move(self, stream: Stream, cause: str, error: RaylmError, *, suspect: bool = False) -> None:
+    def _move(self, stream: Stream, cause: str, error: RaylmError) -> None:
         """Give up the current attempt and queue the next one, or fail with `error` when none is left."""
         link = stream._link
         if link is None:
@@ -789,7 +822,6 @@ class Pool:
         if cause != "died":
             stream._avoid.add(link.number)
         stream._moved = cause
-        stream._suspect = suspect
         self._num_moved += 1
         self._enqueue(stream, first=True)
 
@@ -822,25 +854,31 @@ class Pool:
         self.router.up(link.number, link.info.engine.capacity)
         self._dispatch_soon()
 
-    def _slot_down(self, link: _Link, why: str) -> None:
+    def _slot_down(self, link: _Link, why: str, *, died: bool) -> None:
         self.router.down(link.number)
         streams = list(link.streams.values())
-        unsent = {stream._key for stream in link.outbox}
+        unsent, link.unsent = link.unsent, set()
         link.outbox = []
-        on_trial = next((stream for stream in streams if stream._on_trial), None)
-        if on_trial is not None:
-            self._settle(
-                on_trial,
-                error=PoisonRequestError(
-                    f"two actors died while they worked on request {on_trial.request.request_id}; "
-                    "it is not tried on a third. Look into the actors' logs for what it does to the engine"
-                ),
+        sent = [stream for stream in streams if stream._key not in unsent]
+        on_trial = [stream for stream in sent if stream._on_trial] if died else []
+        culprit = on_trial[0] if len(on_trial) == 1 else None
+        if culprit is not None:
+            error = PoisonRequestError(
+                f"two actors died while they worked on request {culprit.request.request_id}; "
+                "it is not tried on a third. Look into the actors' logs for what it does to the engine"
             )
+            self._settle(culprit, error=error)
         # From the last to the first, each to the head of its queue: order is kept.
         for stream in reversed(streams):
-            if stream is not on_trial:
-                suspect = on_trial is None and stream._key not in unsent
-                self._move(stream, "died", ActorLostError(f"slot {link.number}: {why}"), suspect=suspect)
+            if stream is not culprit:
+                if stream._key not in unsent:
+                    stream._suspect = died and culprit is None and (stream._on_trial or not on_trial)
+                lost = ActorLostError(f"slot {link.number}: {why}")
+                self._move(stream, "died" if died else "lease", lost)
+        # One at a time is certain: who is on trial at a second death is the culprit. Of several, each is tried again.
+        num_slots = max(1, sum(other.state == "up" for other in self._links.values()))
+        num_waves = math.ceil(len(self._suspects) / num_slots / _TRIALS_IN_A_ROW)
+        self._trials_at_once = 1 if on_trial else max(1, num_waves)
         # Sessions that waited for this slot go to any other now.
         for stream in self._pinned.pop(link.number, ()):
             if not stream.done:
@@ -853,20 +891,17 @@ class Pool:
             for stream in self._waiting():
                 self._settle(stream, error=NoActorError(f"no engine could be started; the last one said: {error}"))
 
-    def _first_token(self, stream: Stream, now: float) -> None:
-        stream._spoke = True
-        if stream._on_trial:
-            # What was lost with the actor is what it produced since it last told of this request.
-            self.loop.call_later(
-                _TRIAL_S if stream.request.stream else 2 * PROGRESS_S, self._acquit, stream, stream._key
-            )
-        self._first_tokens.append(now - stream._heard_at)
-
-    def _acquit(self, stream: Stream, key: int) -> None:
-        if stream._key == key and stream._on_trial and stream._reservation is not None:
+    def _hear(self, stream: Stream, now: float) -> None:
+        """Take note of a delta of an attempt that has just begun or is on trial."""
+        if not stream._spoke:
+            stream._spoke = True
+            self._first_tokens.append(now - stream._heard_at)
+            stream._acquit_at = now + (_STREAM_TRIAL_S if stream.request.stream else _TRIAL_S)
+        elif now >= stream._acquit_at and stream._reservation is not None:
             stream._on_trial = stream._suspect = False
             self.router.acquit(stream._reservation)
             self._dispatch_soon()
+        stream._watched = stream._on_trial
 
     async def _watch(self) -> None:
         """Move requests that nothing is heard of, and have their actors' health checked."""

@@ -5,9 +5,9 @@ rules, in order:
 
 1.  A pinned session goes to its slot, and waits for it while the slot is up but full.
 2.  Everything else, and a session whose slot is down, goes to the least loaded slot that is up and has room. Load is
-    the number of outstanding tokens.
+    the number of outstanding tokens; among equals, the slot with the fewest pinned sessions.
 3.  A session that had to leave its slot is pinned to the new one. No other session moves.
-4.  A request under suspicion (`trial`) shares a slot with no other request under suspicion.
+4.  A slot takes no more than a given number of requests under suspicion (`trial`) at a time.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ class Reservation:
 
 
 class _Slot:
-    __slots__ = ("capacity", "incarnation", "load", "running", "stamp", "trial", "up")
+    __slots__ = ("capacity", "incarnation", "load", "num_pins", "num_trials", "running", "stamp", "up")
 
     def __init__(self) -> None:
         self.up = False
         self.capacity = 0
         self.running = 0
         self.load = 0
-        self.trial = False
+        self.num_pins = 0
+        self.num_trials = 0
         # Reservations of an earlier incarnation died with it; releasing one changes nothing.
         self.incarnation = 0
         # Counts changes, so that heap entries written before the last one are known to be stale.
@@ -70,15 +71,17 @@ class Router:
         self._slots: dict[int, _Slot] = {}
         self._max_pins = max_pins
         self._pins: dict[str, int] = {}  # in order of use, the least recent first
-        # (load, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
-        self._heap: list[tuple[int, int, int]] = []
+        # (load, pins, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
+        self._heap: list[tuple[int, int, int, int]] = []
 
     def up(self, number: int, capacity: int) -> None:
         """Open a slot, known or not, with no load and room for `capacity` requests."""
-        slot = self._slots.setdefault(number, _Slot())
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = _Slot()
+            slot.num_pins = sum(pinned == number for pinned in self._pins.values())
         slot.up, slot.capacity = True, capacity
-        slot.running = slot.load = 0
-        slot.trial = False
+        slot.running = slot.load = slot.num_trials = 0
         slot.incarnation += 1
         self._changed(number, slot)
 
@@ -86,8 +89,7 @@ class Router:
         """Close a slot. Its reservations are void; sessions pinned to it move when they next ask."""
         slot = self._slots[number]
         slot.up = False
-        slot.running = slot.load = 0
-        slot.trial = False
+        slot.running = slot.load = slot.num_trials = 0
         slot.incarnation += 1
         self._changed(number, slot)
 
@@ -99,18 +101,22 @@ class Router:
 
     def has_room(self) -> bool:
         """True when some slot can take a request."""
-        return self._least_loaded(frozenset(), trial=False) is not None
+        return self._least_loaded(frozenset(), None) is not None
 
-    def pin(self, session_id: str, slot: int) -> None:
+    def pin(self, session_id: str, number: int) -> None:
         """Pin a session to a slot."""
-        self._pins.pop(session_id, None)
-        self._pins[session_id] = slot
+        before = self._pins.pop(session_id, None)
+        self._pins[session_id] = number
+        if before == number:
+            return
+        self._count_pin(before, -1)
+        self._count_pin(number, 1)
         if len(self._pins) > self._max_pins:
-            del self._pins[next(iter(self._pins))]
+            self.unpin(next(iter(self._pins)))
 
     def unpin(self, session_id: str) -> None:
         """Forget a session's pin, if it has one."""
-        self._pins.pop(session_id, None)
+        self._count_pin(self._pins.pop(session_id, None), -1)
 
     def pinned(self, session_id: str) -> int | None:
         """Return the slot that a session waits for: the one it is pinned to, if that is up."""
@@ -123,7 +129,7 @@ class Router:
 
         Returns 0 when every slot is down: the pin moves as soon as the session asks for room.
         """
-        found = self._least_loaded(frozenset(), trial=False)
+        found = self._least_loaded(frozenset(), None)
         if found is None:
             found = min((number for number, slot in self._slots.items() if slot.up), key=self.load, default=0)
         return found
@@ -137,7 +143,7 @@ class Router:
         return self._slots[number].running
 
     def choose(
-        self, tokens: int, session_id: str | None = None, avoid: Set[int] = frozenset(), *, trial: bool = False
+        self, tokens: int, session_id: str | None = None, avoid: Set[int] = frozenset(), *, trial: int | None = None
     ) -> Reservation | None:
         """Choose a slot and reserve room in it.
 
@@ -145,7 +151,7 @@ class Router:
             tokens: Outstanding tokens that the request stands for, >= 0.
             session_id: Goes to the slot it is pinned to, and is pinned to the chosen one.
             avoid: Slots where the request has already failed; used only when every other slot is down.
-            trial: The request is under suspicion.
+            trial: The request is under suspicion, and may join fewer than this many others on trial in a slot, >= 1.
 
         Returns:
             The reservation, or None when the request has to wait.
@@ -154,17 +160,17 @@ class Router:
         if session_id is not None and (number := self._pins.get(session_id)) is not None and number not in avoid:
             slot = self._slots.get(number)
             if slot is not None and slot.up:
-                if slot.running >= slot.capacity or (trial and slot.trial):
+                if slot.running >= slot.capacity or (trial is not None and slot.num_trials >= trial):
                     return None
                 self.pin(session_id, number)
-                return self._reserve(number, slot, tokens, PINNED, trial=trial)
+                return self._reserve(number, slot, tokens, PINNED, trial=trial is not None)
             why = MOVED_DIED
-        found = self._least_loaded(avoid, trial=trial)
+        found = self._least_loaded(avoid, trial)
         if found is None:
             return None
         if session_id is not None:
             self.pin(session_id, found)
-        return self._reserve(found, self._slots[found], tokens, why, trial=trial)
+        return self._reserve(found, self._slots[found], tokens, why, trial=trial is not None)
 
     def release(self, reservation: Reservation) -> None:
         """Give room back. A second call, or one after the slot went down, changes nothing."""
@@ -177,7 +183,7 @@ class Router:
         slot.running -= 1
         slot.load -= reservation.tokens
         if reservation.trial:
-            slot.trial = False
+            slot.num_trials -= 1
         self._changed(reservation.slot, slot)
 
     def acquit(self, reservation: Reservation) -> None:
@@ -186,26 +192,31 @@ class Router:
             reservation.trial = False
             slot = self._slots[reservation.slot]
             if slot.incarnation == reservation.incarnation:
-                slot.trial = False
+                slot.num_trials -= 1
 
     def _reserve(self, number: int, slot: _Slot, tokens: int, why: str, *, trial: bool) -> Reservation:
         slot.running += 1
         slot.load += tokens
         if trial:
-            slot.trial = True
+            slot.num_trials += 1
         self._changed(number, slot)
         return Reservation(number, slot.incarnation, tokens, why, trial=trial)
 
-    def _least_loaded(self, avoid: Set[int], *, trial: bool) -> int | None:
+    def _count_pin(self, number: int | None, change: int) -> None:
+        if number is not None and (slot := self._slots.get(number)) is not None:
+            slot.num_pins += change
+            self._changed(number, slot)
+
+    def _least_loaded(self, avoid: Set[int], trial: int | None) -> int | None:
         if avoid and not any(slot.up and number not in avoid for number, slot in self._slots.items()):
             avoid = frozenset()
         heap, skipped, found = self._heap, [], None
         while heap:
-            _, number, stamp = heap[0]
+            _, _, number, stamp = heap[0]
             slot = self._slots[number]
             if slot.stamp != stamp:
                 heappop(heap)
-            elif number in avoid or (trial and slot.trial):
+            elif number in avoid or (trial is not None and slot.num_trials >= trial):
                 skipped.append(heappop(heap))
             else:
                 found = number
@@ -217,7 +228,7 @@ class Router:
     def _changed(self, number: int, slot: _Slot) -> None:
         slot.stamp += 1
         if slot.up and slot.running < slot.capacity:
-            heappush(self._heap, (slot.load, number, slot.stamp))
+            heappush(self._heap, (slot.load, slot.num_pins, number, slot.stamp))
         if len(self._heap) > 4 * len(self._slots) + 64:
-            self._heap = [entry for entry in self._heap if self._slots[entry[1]].stamp == entry[2]]
+            self._heap = [entry for entry in self._heap if self._slots[entry[2]].stamp == entry[3]]
             heapify(self._heap)

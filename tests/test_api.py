@@ -140,6 +140,14 @@ def test_stream_chat_streams(chatbot: LMDeployPipeline) -> None:
     assert steps[-1][1:] == (greedy_text("user: hello\n", 5), 5)
 
 
+def test_a_turn_counts_when_its_end_is_told(chatbot: LMDeployPipeline) -> None:
+    """A caller that leaves the loop at END finds the turn in the session."""
+    for status, _, _ in chatbot.stream_chat([user("one")], session_id=10, sequence_end=False):
+        if status is Status.END:
+            break
+    assert len(chatbot.history(10)) == 2
+
+
 def test_a_session_remembers(chatbot: LMDeployPipeline) -> None:
     """A turn with `sequence_start=False` is answered with all earlier turns before it."""
     list(chatbot.stream_chat([user("one")], session_id=1, sequence_end=False))
@@ -232,6 +240,13 @@ def test_wrong_settings_raise(cluster: str, wrong: dict[str, Any]) -> None:
     """A wrong backend, tp or replicas raises InvalidRequestError before anything is started."""
     with pytest.raises(InvalidRequestError):
         LMDeployPipeline("any", **wrong)
+
+
+def test_an_address_without_a_cluster_raises() -> None:
+    """An address where nothing listens raises PlacementError at once."""
+    code = "from raylm import LMDeployPipeline; LMDeployPipeline('any', address='127.0.0.1:9')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "PlacementError: no Ray cluster answers at 127.0.0.1:9" in result.stderr
 
 
 def test_unknown_settings_raise() -> None:

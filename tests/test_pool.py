@@ -1,10 +1,12 @@
 """Queueing, limits and aborting: one pool on real actors with the simulated engine."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
+from raylm.actors.engine_actor import LEASE_S
 from raylm.config import PoolConfig, SimulatedConfig
 from raylm.engines.simulated import greedy_text
 from raylm.errors import (
@@ -224,6 +226,17 @@ async def test_a_lost_client_is_aborted_by_its_lease(start_pool: StartPool) -> N
     for task in tuple(running.pool._tasks):  # a pool whose process is gone
         task.cancel()
     await until_idle(running)
+
+
+async def test_a_client_that_was_taken_for_lost_goes_on(start_pool: StartPool) -> None:
+    """A pool whose loop stood still for longer than the lease takes its requests up again, and none is lost."""
+    running = await start_pool(SimulatedConfig())
+    async with running.pool.stream(ask("long", 700)) as stream:
+        await anext(stream)
+        time.sleep(LEASE_S * 1.4)  # noqa: ASYNC251  # the point of this test
+        completion = await stream.completion()
+    assert completion.text == greedy_text("long", 700)
+    assert completion.receipt.why == "moved:lease"
 
 
 async def test_a_closed_pool_fails_what_is_left(start_pool: StartPool) -> None:

@@ -39,14 +39,15 @@ class RouterMachine(RuleBasedStateMachine):
         tokens=st.integers(0, 100),
         session=st.none() | SESSIONS,
         avoid=st.frozensets(SLOTS, max_size=5),
-        trial=st.booleans(),
+        trial=st.none() | st.integers(1, 2),
     )
-    def choose(self, tokens: int, session: str | None, avoid: frozenset[int], trial: bool) -> None:
+    def choose(self, tokens: int, session: str | None, avoid: frozenset[int], trial: int | None) -> None:
         pin = self.router.pinned(session) if session is not None else None
         loads = {slot: self.load(slot) for slot in self.capacity}
         free = {slot for slot in self.capacity if self.running(slot) < self.capacity[slot]}
-        if trial:
-            free -= {reservation.slot for reservation in self.held if reservation.trial}
+        if trial is not None:
+            on_trial = [reservation.slot for reservation in self.held if reservation.trial]
+            free = {slot for slot in free if on_trial.count(slot) < trial}
         found = self.router.choose(tokens, session, avoid, trial=trial)
         if pin is not None and pin not in avoid:
             assert (found.slot if found else None) == (pin if pin in free else None)
@@ -123,6 +124,16 @@ def test_only_the_sessions_of_a_lost_slot_move() -> None:
         assert reservation is not None
         assert (reservation.slot == slot) == (slot != 2)
         assert reservation.why == (MOVED_DIED if slot == 2 else PINNED)
+
+
+def test_new_sessions_spread_over_idle_slots() -> None:
+    """Sessions that begin while every slot is idle are pinned to all slots alike."""
+    router = Router()
+    for slot in range(4):
+        router.up(slot, 10)
+    for session in map(str, range(40)):
+        router.pin(session, router.candidate())
+    assert [sum(router.pinned(str(session)) == slot for session in range(40)) for slot in range(4)] == [10] * 4
 
 
 def test_pins_are_bounded() -> None:

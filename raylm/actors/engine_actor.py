@@ -22,18 +22,21 @@ from pydantic import TypeAdapter
 
 from raylm.config import EngineConfig, OpenVINOConfig
 from raylm.engines.base import Engine
-from raylm.errors import ActorLostError, EngineError, ErrorMessage, RaylmError, to_message
+from raylm.errors import ActorLostError, EngineError, ErrorMessage, NoActorError, RaylmError, to_message
 from raylm.messages import Delta, EngineInfo, EngineStatistics, Request
 
 HEARTBEAT_S = 5.0
 """A poll comes back after this long, empty, when there is nothing to tell."""
 
-PROGRESS_S = 1.0
+PROGRESS_S = 0.25
 """A request that is not wanted as a stream tells its progress this often, so that a watchdog sees it live and a lost
 actor costs no more than this."""
 
 LEASE_S = 10.0
 """A client that has not polled for this long is gone; its requests are aborted."""
+
+_MAX_EXPIRED = 1000
+"""Clients that are still told that they were taken for lost, should they come back."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,37 +109,43 @@ class _Client:
     def __init__(self) -> None:
         self.ready = asyncio.Event()
         self.work: dict[int, _Work] = {}
-        self.dirty: list[_Work] = []  # has a delta that was not sent, each once
+        self.dirty: list[_Work] = []  # has a delta to send now
+        self.quiet: list[_Work] = []  # has one that can wait for `progress_due`
+        self.progress_due: asyncio.TimerHandle | None = None
         self.failures: list[tuple[int, ErrorMessage]] = []
         self.num_polls = 0  # in flight; the lease runs while there is none
         self.seen_at = time.monotonic()
 
     def collect(self, statistics: EngineStatistics) -> bytes:
         """Empty the mailbox into one message."""
-        now = time.monotonic()
         reply = PollReply([], [], self.failures, statistics)
-        held_back = []
         for work in self.dirty:
-            delta = work.pending
-            if delta is None:
-                continue
-            if not work.stream and delta.finish_reason is None and now - work.told_at < PROGRESS_S:
-                held_back.append(work)
-                continue
-            reply.keys.append(work.key)
-            reply.deltas.append(delta)
-            work.pending = None
-            work.told_at = now
-        self.dirty = held_back
+            if work.pending is not None:  # it may be here twice, once for its progress and once for its end
+                reply.keys.append(work.key)
+                reply.deltas.append(work.pending)
+                work.pending = None
+        self.dirty = []
         self.failures = []
         self.ready.clear()
         return _encode(reply)
+
+    def hold_back(self, work: _Work) -> None:
+        """Keep a delta until the next progress is due."""
+        self.quiet.append(work)
+        if self.progress_due is None:
+            self.progress_due = asyncio.get_running_loop().call_later(PROGRESS_S, self._tell_progress)
+
+    def _tell_progress(self) -> None:
+        self.progress_due = None
+        self.dirty += self.quiet
+        self.quiet = []
+        self.ready.set()
 
 
 class _Work:
     """One request of one client."""
 
-    __slots__ = ("client", "finished", "key", "pending", "stream", "task", "told_at")
+    __slots__ = ("client", "finished", "key", "pending", "stream", "task")
 
     def __init__(self, client: _Client, key: int, *, stream: bool) -> None:
         self.client = client
@@ -144,21 +153,26 @@ class _Work:
         self.stream = stream
         self.pending: Delta | None = None
         self.finished = False
-        self.told_at = time.monotonic()
         self.task: asyncio.Task[None] | None = None
 
     def emit(self, delta: Delta) -> None:
         """Take the next delta from the engine."""
-        if delta.finish_reason is not None:
-            self.finished = True
-            self.client.ready.set()
-        elif self.stream:
-            self.client.ready.set()
+        client = self.client
+        first = self.pending is None
         if self.pending is None:
             self.pending = delta
-            self.client.dirty.append(self)
         else:
             self.pending.extend(delta)
+        if delta.finish_reason is not None:
+            self.finished = True
+            client.dirty.append(self)
+            client.ready.set()
+        elif first:
+            if self.stream:
+                client.dirty.append(self)
+                client.ready.set()
+            else:
+                client.hold_back(self)
 
 
 class EngineActor:
@@ -171,6 +185,7 @@ class EngineActor:
     def __init__(self, config: str) -> None:
         self._engine = _build(_engine_config.validate_json(config))
         self._clients: dict[str, _Client] = {}
+        self._expired: dict[str, None] = {}  # clients that were taken for lost, the latest last
         self._starting: asyncio.Task[EngineInfo] | None = None
         self._reaper: asyncio.Task[None] | None = None
 
@@ -204,11 +219,19 @@ class EngineActor:
                 work.task = asyncio.create_task(self._run(work, request))
 
     async def poll(self, client_id: str) -> bytes:
-        """Return a `PollReply` for a client, as soon as there is something in it or a heartbeat is due."""
+        """Return a `PollReply` for a client, as soon as there is something in it or a heartbeat is due.
+
+        Raises:
+            NoActorError: the client has not polled for so long that its requests were aborted. Told once.
+        """
+        if client_id in self._expired:
+            del self._expired[client_id]
+            await self.forget(client_id)
+            raise NoActorError(f"nobody polled for {LEASE_S:g} s, so the requests were aborted")
         client = self._client(client_id)
         client.num_polls += 1
         try:
-            async with asyncio.timeout(PROGRESS_S if client.work else HEARTBEAT_S):
+            async with asyncio.timeout(HEARTBEAT_S):
                 await client.ready.wait()
         except TimeoutError:
             pass
@@ -227,6 +250,8 @@ class EngineActor:
     async def forget(self, client_id: str) -> None:
         """Abort all requests of a client and free its mailbox."""
         if (client := self._clients.pop(client_id, None)) is not None:
+            if client.progress_due is not None:
+                client.progress_due.cancel()
             for work in client.work.values():
                 if work.task is not None:
                     work.task.cancel()
@@ -291,3 +316,6 @@ class EngineActor:
                 if not client.num_polls and now - client.seen_at > LEASE_S:
                     _log.warning("client %s has not polled for %.0f s: its requests are aborted", client_id, LEASE_S)
                     await self.forget(client_id)
+                    self._expired[client_id] = None
+                    if len(self._expired) > _MAX_EXPIRED:
+                        del self._expired[next(iter(self._expired))]

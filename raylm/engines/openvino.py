@@ -144,6 +144,7 @@ class OpenVINOEngine:
             cache_size_gb=config.cache_size_gb,
             num_threads=config.num_threads,
             deterministic=config.deterministic,
+            prefix_caching=config.prefix_caching,
         )
         try:
             async with asyncio.timeout(config.start_timeout_s):

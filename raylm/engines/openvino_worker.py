@@ -57,6 +57,7 @@ class Load(msgspec.Struct, tag=True):
         cache_size_gb: Memory for the KV cache, in GiB.
         num_threads: CPU threads; None lets OpenVINO decide.
         deterministic: Greedy text that does not depend on the batch.
+        prefix_caching: Keep the KV cache of finished requests.
     """
 
     path: str
@@ -65,6 +66,7 @@ class Load(msgspec.Struct, tag=True):
     cache_size_gb: int
     num_threads: int | None
     deterministic: bool
+    prefix_caching: bool
 
 
 class Add(msgspec.Struct, tag=True):
@@ -118,8 +120,8 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
 
     key: int
     prompt_tokens: int
-    token_ids: list[int] = []
-    logprobs: list[float] = []
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     error: ErrorMessage | None = None
 
@@ -208,7 +210,11 @@ class Worker:
             ) from error
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = load.cache_size_gb
-        scheduler.enable_prefix_caching = True
+        # Wrong text comes of two flaws of it. A prefill that is cancelled leaves blocks in the cache that count as
+        # filled and are not. Prompts that extend one partly filled block at once overwrite each other there, for the
+        # prompt phase has no copy on write.
+        # Source: openvino-genai 2026.4.1, `Scheduler::_schedule_prompt_phase_dynamic_split_fuse`.
+        scheduler.enable_prefix_caching = load.prefix_caching
         scheduler.max_num_seqs = load.capacity
         # A decode step needs a token of room for every sequence.
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, load.capacity)
@@ -346,16 +352,16 @@ class Worker:
             del self._running[key]
 
     def _read(self, key: int, running: _Running) -> Output:
-        output = Output(key, running.prompt_tokens, [], [])
+        output = Output(key, running.prompt_tokens)
         while output.finish_reason is None and running.handle.can_read():
             results = running.handle.read()
             if not results:  # how the pipeline gives a request up
                 output.error = to_message(self._given_up(running.handle.get_status()))
                 break
             (result,) = results.values()
-            output.token_ids += result.generated_ids
+            output.token_ids += tuple(result.generated_ids)
             if running.logprobs:
-                output.logprobs += result.generated_log_probs
+                output.logprobs += tuple(result.generated_log_probs)
             output.finish_reason = self._finish_reasons.get(result.finish_reason)
         return output
 
