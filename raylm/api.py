@@ -382,7 +382,7 @@ class AsyncLMDeployPipeline:
     def _chat_request(
         self, messages: tuple[Message, ...], config: GenerationConfig, request_id: str | None = None
     ) -> Request:
-        request_id = request_id or uuid.uuid4().hex
+        request_id = uuid.uuid4().hex if request_id is None else _checked(request_id, "request_id")
         if self._template is None:
             return Request(request_id=request_id, messages=messages, config=config)
         return Request(request_id=request_id, prompt=self._template.render(messages), config=config)
@@ -666,15 +666,20 @@ def _say_once(text: str) -> None:
 
 
 def _raw_request(prompt: object, config: GenerationConfig, where: str) -> Request:
-    if not isinstance(prompt, str):
-        raise InvalidRequestError(f"{where}: expected a string, got {type(prompt).__name__}")
-    if not prompt:
+    if prompt == "":
         raise InvalidRequestError(f"{where}: the prompt is empty; send at least one character")
+    return Request(request_id=uuid.uuid4().hex, prompt=_checked(prompt, where), config=config)
+
+
+def _checked(text: object, where: str) -> str:
+    """Return a string that can be sent."""
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{where}: expected a string, got {type(text).__name__}")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"{where}: not valid Unicode: {error}; clean the text first") from None
-    return Request(request_id=uuid.uuid4().hex, prompt=prompt, config=config)
+    return text
 
 
 def _as_messages(inputs: object) -> object:

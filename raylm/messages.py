@@ -14,6 +14,8 @@ import msgspec
 
 from raylm.errors import InvalidRequestError
 
+_MAX_INT = 2**63 - 1  # what msgpack, and every engine, can hold
+
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a generation ended: end of sequence or a stop word, the token limit, or its client. A failure is not a finish
 reason: failures are raised."""
@@ -67,14 +69,14 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         logprobs: Also return the log-probability of each generated token.
     """
 
-    max_new_tokens: Annotated[int, msgspec.Meta(ge=1)] = 512
-    min_new_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT)] = 512
+    min_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)] = 0
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.8
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
-    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = 40
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT)] | None = 40
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     stop_words: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
-    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)] | None = None
     ignore_eos: bool = False
     logprobs: bool = False
 
@@ -106,6 +108,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             config = msgspec.convert(fields, GenerationConfig)
         except msgspec.ValidationError as error:
             raise InvalidRequestError(_explain(error, fields)) from None
+        try:
+            "".join(config.stop_words).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"stop_words: not valid Unicode: {error}") from None
         if config.min_new_tokens > config.max_new_tokens:
             raise InvalidRequestError(
                 f"min_new_tokens is {config.min_new_tokens}, more than max_new_tokens {config.max_new_tokens}"

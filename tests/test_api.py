@@ -190,6 +190,13 @@ def test_a_second_turn_waits_its_turn(chatbot: LMDeployPipeline) -> None:
     assert list(first)[-1][0] is Status.END
 
 
+def test_a_request_id_is_a_string(chatbot: LMDeployPipeline) -> None:
+    """A request id that cannot be sent raises before anything is."""
+    for wrong in (5, "\ud800"):
+        with pytest.raises(InvalidRequestError, match="request_id"):
+            next(chatbot.stream_chat([user("one")], request_id=wrong))  # type: ignore[arg-type]
+
+
 def test_several_turns_need_a_name(chatbot: LMDeployPipeline) -> None:
     """Without a session id there is one turn only."""
     with pytest.raises(InvalidRequestError, match="session_id"):

@@ -193,8 +193,8 @@ class OpenVINOEngine:
         generation = _Generation(request, emit, self._vocabulary, asyncio.get_running_loop().create_future())
         try:
             self._send(Add(key, request))
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"the request holds text that is no valid Unicode: {error}; repair it") from None
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise InvalidRequestError(f"the request has a text or number that cannot be sent: {error}") from None
         self._generations[key] = generation
         try:
             await generation.done

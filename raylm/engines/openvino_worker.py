@@ -22,7 +22,7 @@ import signal
 import struct
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -156,6 +156,7 @@ def pack(message: Command | Report) -> bytes:
 
     Raises:
         UnicodeEncodeError: a text in it is no valid Unicode.
+        OverflowError: a number in it has more than 64 bits.
     """
     body = _encode(message)
     return HEADER.pack(len(body)) + body
@@ -283,7 +284,7 @@ class Worker:
                 key, ov.Tensor(np.array([input_ids], dtype=np.int64)), self._sampling(config, num_generated, room)
             )
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO refused the request: {_reason(error)}") from error
+            raise InvalidRequestError(f"OpenVINO refuses the request: {_reason(error)}; change it") from error
         self._running[key] = _Running(handle, len(prompt_ids), logprobs=config.logprobs)
 
     def _prompt_ids(self, request: Request) -> list[int]:
@@ -414,7 +415,7 @@ class _Commands:
         return commands
 
 
-def _serve(commands: _Commands, reports: Any) -> None:
+def _serve(commands: _Commands, reports: BinaryIO) -> None:
     """Load the model and decode until the parent is gone."""
 
     def send(report: Report) -> None:
