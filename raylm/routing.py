@@ -12,6 +12,7 @@ rules, in order:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Set
 from heapq import heapify, heappop, heappush
 from typing import Final
@@ -70,7 +71,8 @@ class Router:
     def __init__(self, max_pins: int = 1_000_000) -> None:
         self._slots: dict[int, _Slot] = {}
         self._max_pins = max_pins
-        self._pins: dict[str, int] = {}  # in order of use, the least recent first
+        # In order of use, the least recent first. A plain dict would take ever longer to find its first key.
+        self._pins: OrderedDict[str, int] = OrderedDict()
         # (load, pins, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
         self._heap: list[tuple[int, int, int, int]] = []
 
@@ -105,8 +107,9 @@ class Router:
 
     def pin(self, session_id: str, number: int) -> None:
         """Pin a session to a slot."""
-        before = self._pins.pop(session_id, None)
+        before = self._pins.get(session_id)
         self._pins[session_id] = number
+        self._pins.move_to_end(session_id)
         if before == number:
             return
         self._count_pin(before, -1)
