@@ -2,31 +2,34 @@
 
 256 different prompts, 64 tokens each, greedy, past the end of sequence, on SmolLM2-135M-Instruct.
 
-Subject. `LMDeployPipeline.generate` with one replica on the OpenVINO engine: this process, Ray, the engine's actor and
-the child that runs the model, all on the same cores.
+Subject. `LMDeployPipeline.generate` with one replica on the OpenVINO engine: the calling process, Ray, the engine's
+actor and the child that runs the model, all on the same cores.
 
 Baseline. `openvino_genai.ContinuousBatchingPipeline` in one process: the same model file, scheduler settings and number
-of threads, all prompts added at once, `step()` until nothing is left, texts decoded at the end. No other process runs.
+of threads, all prompts added at once, `step()` until nothing is left, texts decoded at the end.
 
-`pool_efficiency`: median over the rounds of the subject's tokens/s by the baseline's. Each side of each round is a
-fresh process, so no prefix is cached, and works through a few prompts before the clock starts. Sides alternate.
+Each side is a process of its own, loaded and warmed up before the first round. They take turns, and while one works
+every process of the other is stopped (SIGSTOP), so that an idle Ray takes nothing from the baseline. Prompts are new in
+every round: no prefix is cached.
+
+`pool_efficiency`: median over the rounds of the subject's tokens/s by the baseline's.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
+import psutil
 from harness import Figure, local_cluster, publish, quick_asked, say
 
-from raylm import LMDeployPipeline
-from raylm.config import OpenVINOConfig
+from raylm import LMDeployPipeline, OpenVINOConfig
 from raylm.models import resolve
 
 MODEL = "smollm2-135m-instruct"
@@ -38,45 +41,37 @@ _WHO = ("a baker", "a clockmaker", "two sailors", "an old fox", "the night watch
 _DID = ("found a letter", "lost a key", "crossed the river", "built a tower", "learnt to sing", "waited for the snow")
 _WHERE = ("in Lisbon", "behind the mill", "at the edge of the sea", "on a slow train", "under the old bridge")
 
+Generate = Callable[[Sequence[str]], int]
+"""Works through prompts; returns the number of tokens that came."""
+
 
 def prompts(count: int, seed: int) -> list[str]:
     """Return different prompts of about thirty tokens."""
     rng = random.Random(seed)
     return [
-        f"Story {index}-{rng.randrange(10**6)}. One morning {rng.choice(_WHO)} {rng.choice(_DID)} "
-        f"{rng.choice(_WHERE)}, and nobody knew why. This is what happened next:"
-        for index in range(count)
+        f"Story {rng.randrange(10**9)}. One morning {rng.choice(_WHO)} {rng.choice(_DID)} {rng.choice(_WHERE)}, and "
+        "nobody knew why. This is what happened next:"
+        for _ in range(count)
     ]
 
 
-def rate(generate: Callable[[Sequence[str]], int], num_prompts: int, seed: int) -> float:
-    """Warm up, then return the tokens/s of a function that works through prompts and returns its number of tokens."""
-    generate(prompts(CONFIG.capacity, seed=-1))
-    work = prompts(num_prompts, seed)
-    started_at = time.perf_counter()
-    num_tokens = generate(work)
-    took_s = time.perf_counter() - started_at
-    if num_tokens != num_prompts * NUM_TOKENS:
-        raise RuntimeError(f"{num_tokens} tokens came back for {num_prompts} prompts of {NUM_TOKENS} each")
-    return num_tokens / took_s
-
-
-def pool_rate(num_prompts: int, seed: int) -> float:
-    """Return the subject's tokens/s."""
-    with (
-        local_cluster(),
-        LMDeployPipeline(MODEL, backend="openvino", backend_config=CONFIG, max_new_tokens=NUM_TOKENS) as pipeline,
-    ):
+@contextmanager
+def pool_side() -> Iterator[Generate]:
+    """The subject."""
+    with local_cluster(), LMDeployPipeline(MODEL, backend="openvino", backend_config=CONFIG) as pipeline:
 
         def generate(work: Sequence[str]) -> int:
-            answers = pipeline.generate(work, return_dict=True, temperature=0, ignore_eos=True)
+            answers = pipeline.generate(
+                work, return_dict=True, max_new_tokens=NUM_TOKENS, temperature=0, ignore_eos=True
+            )
             return sum(answer["usage"]["completion_tokens"] for answer in answers)
 
-        return rate(generate, num_prompts, seed)
+        yield generate
 
 
-def direct_rate(num_prompts: int, seed: int) -> float:
-    """Return the baseline's tokens/s."""
+@contextmanager
+def direct_side() -> Iterator[Generate]:
+    """The baseline."""
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
@@ -91,42 +86,101 @@ def direct_rate(num_prompts: int, seed: int) -> float:
     sampling.do_sample = False
     sampling.ignore_eos = True
     sampling.stop_token_ids = set()
-    tokenizer = pipeline.get_tokenizer()
 
     def generate(work: Sequence[str]) -> int:
         handles = [pipeline.add_request(key, prompt, sampling) for key, prompt in enumerate(work)]
         while pipeline.has_non_finished_requests():
             pipeline.step()
         answers = [handle.read_all()[0].generated_ids for handle in handles]
-        tokenizer.decode(answers)
+        pipeline.get_tokenizer().decode(answers)
         return sum(map(len, answers))
 
-    return rate(generate, num_prompts, seed)
+    yield generate
 
 
-SIDES = {"direct": direct_rate, "pool": pool_rate}
+SIDES = {"direct": direct_side, "pool": pool_side}
 
 
-def in_fresh_process(side: str, num_prompts: int, seed: int) -> float:
-    """Return the tokens/s of one side."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--side", side, str(num_prompts), str(seed)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.split()[-1])
+def serve(name: str) -> None:
+    """Be one side: read `num_prompts seed` lines, answer each with the seconds that the work took."""
+    with SIDES[name]() as generate:
+        generate(prompts(8, seed=-1))
+        print("ready", flush=True)
+        for line in sys.stdin:
+            num_prompts, seed = map(int, line.split())
+            work = prompts(num_prompts, seed)
+            started_at = time.perf_counter()
+            num_tokens = generate(work)
+            took_s = time.perf_counter() - started_at
+            if num_tokens != num_prompts * NUM_TOKENS:
+                raise RuntimeError(f"{num_tokens} tokens came back for {num_prompts} prompts of {NUM_TOKENS} each")
+            print(took_s, flush=True)
+
+
+class Side:
+    """One side's process and all that it starts, stopped unless it works.
+
+    Args:
+        name: Which side.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._hear("ready")
+        self._tree = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        self._stop()
+
+    def rate(self, num_prompts: int, seed: int) -> float:
+        """Work through prompts and return the tokens/s."""
+        self._go_on()
+        if self._process.stdin is None:
+            raise AssertionError("unreachable: it is a pipe")
+        self._process.stdin.write(f"{num_prompts} {seed}\n")
+        self._process.stdin.flush()
+        took_s = float(self._hear())
+        self._stop()
+        return num_prompts * NUM_TOKENS / took_s
+
+    def close(self) -> None:
+        """Let the process end in order."""
+        self._go_on()
+        self._process.communicate()
+
+    def _hear(self, expected: str | None = None) -> str:
+        if self._process.stdout is None:
+            raise AssertionError("unreachable: it is a pipe")
+        line = self._process.stdout.readline().strip()
+        if not line or expected not in (None, line):
+            raise RuntimeError(f"a side of the benchmark broke; its last words are above ({line!r})")
+        return line
+
+    def _stop(self) -> None:
+        for process in self._tree:
+            if process.is_running():
+                process.suspend()
+
+    def _go_on(self) -> None:
+        for process in self._tree:
+            if process.is_running():
+                process.resume()
 
 
 def measure(num_prompts: int, num_rounds: int) -> list[Figure]:
     """Alternate the sides and return the figures."""
-    resolve(MODEL)  # no download while the clock runs
-    rates: dict[str, list[float]] = {side: [] for side in SIDES}
-    for seed in range(num_rounds):
-        for side in SIDES if seed % 2 == 0 else reversed(SIDES):
-            rates[side].append(in_fresh_process(side, num_prompts, seed))
-        direct, pool = rates["direct"][-1], rates["pool"][-1]
-        say(f"round {seed}: direct {direct:6.0f} tok/s, pool {pool:6.0f} tok/s, ratio {pool / direct:.3f}")
+    resolve(MODEL)  # no download while a side starts
+    rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    with ExitStack() as stack:
+        sides = {}
+        for name in SIDES:
+            sides[name] = Side(name)
+            stack.callback(sides[name].close)
+        for seed in range(num_rounds):
+            for name in SIDES if seed % 2 == 0 else reversed(SIDES):
+                rates[name].append(sides[name].rate(num_prompts, seed))
+            direct, pool = rates["direct"][-1], rates["pool"][-1]
+            say(f"round {seed}: direct {direct:6.0f} tok/s, pool {pool:6.0f} tok/s, ratio {pool / direct:.3f}")
     ratios = [pool / direct for pool, direct in zip(rates["pool"], rates["direct"], strict=True)]
     return [
         Figure("pool_efficiency", statistics.median(ratios), "", 0.95),
@@ -137,13 +191,10 @@ def measure(num_prompts: int, num_rounds: int) -> list[Figure]:
 
 def main() -> None:
     """Run the benchmark, or one side of it."""
-    if "--side" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--side", nargs=3)
-        side, num_prompts, seed = parser.parse_args().side
-        print(SIDES[side](int(num_prompts), int(seed)))
-        return
-    publish("pool_efficiency", measure(96, 1) if quick_asked(__doc__) else measure(256, 5))
+    if sys.argv[1:2] == ["--side"]:
+        serve(sys.argv[2])
+    else:
+        publish("pool_efficiency", measure(64, 3) if quick_asked(__doc__) else measure(256, 5))
 
 
 if __name__ == "__main__":
