@@ -78,7 +78,7 @@ class _Generation:
             return
         self._num_tokens += len(output.token_ids)
         text, hit = self._stop_words.feed(self._detokenizer.feed(output.token_ids))
-        delta = Delta(text, self._num_tokens, tuple(output.token_ids), tuple(output.logprobs))
+        delta = Delta(text, self._num_tokens, output.token_ids, output.logprobs)
         if self._unsent:
             delta.text = self._unsent + text
             self._unsent = ""
@@ -193,8 +193,8 @@ class OpenVINOEngine:
         generation = _Generation(request, emit, self._vocabulary, asyncio.get_running_loop().create_future())
         try:
             self._send(Add(key, request))
-        except (UnicodeEncodeError, OverflowError) as error:
-            raise InvalidRequestError(f"the request has a text or number that cannot be sent: {error}") from None
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
         self._generations[key] = generation
         try:
             await generation.done

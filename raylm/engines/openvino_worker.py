@@ -156,7 +156,6 @@ def pack(message: Command | Report) -> bytes:
 
     Raises:
         UnicodeEncodeError: a text in it is no valid Unicode.
-        OverflowError: a number in it has more than 64 bits.
     """
     body = _encode(message)
     return HEADER.pack(len(body)) + body
