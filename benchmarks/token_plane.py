@@ -42,7 +42,8 @@ from raylm.config import SimulatedConfig
 from raylm.engines.base import Emit
 from raylm.engines.simulated import SimulatedEngine
 from raylm.messages import Delta, GenerationConfig, Request
-from raylm.pool import Pool, Stream
+from raylm.pool import Pool
+from raylm.stream import Stream
 
 RATE = 50  # tokens per second of each stream
 NUM_STREAMS = 1024

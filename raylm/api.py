@@ -36,7 +36,8 @@ from raylm.errors import (
 )
 from raylm.messages import Completion, GenerationConfig, Message, Request, Status
 from raylm.models import model_name as short_name
-from raylm.pool import Pool, PoolStatistics, Stream
+from raylm.pool import Pool, PoolStatistics
+from raylm.stream import Stream
 from raylm.template import MetaTemplate, parse_messages
 
 Conversation = Sequence[Mapping[str, str] | Message]

@@ -29,7 +29,7 @@ import msgspec
 from raylm.api import AsyncLMDeployPipeline
 from raylm.errors import InvalidRequestError, RaylmError
 from raylm.messages import Completion, FinishReason, GenerationConfig, Receipt, Usage
-from raylm.pool import Stream
+from raylm.stream import Stream
 
 _MIN_WINDOW = 1000
 """Rows in work at least, so that one slow row does not idle the actors behind it."""

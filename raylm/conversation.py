@@ -16,7 +16,8 @@ import ray.exceptions
 from raylm.actors.sessions import Claim
 from raylm.errors import RaylmError, SessionError, SessionNotFoundError
 from raylm.messages import Message, Request
-from raylm.pool import Pool, Stream
+from raylm.pool import Pool
+from raylm.stream import Stream
 
 
 class Conversations:

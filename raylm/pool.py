@@ -1,12 +1,14 @@
 """Pool: the one client of engine actors. Plain asyncio, in whatever process needs answers.
 
+A `Pool` has a `Link` to the actor of each slot and a `Stream` for each request.
+
 The life of a request. It waits in a queue of the pool, not at an actor, until a slot has room (`_dispatch`). It travels
-to the slot's actor together with everything else dispatched in the same loop tick (`_Link.flush`). Its deltas come back
-in the replies of the link's one long poll (`_Link.on_reply`), and its end releases the room (`_settle`).
+to the slot's actor together with everything else dispatched in the same loop tick (`Link.flush`). Its deltas come back
+in the replies of the link's one long poll (`Link.on_reply`), and its end releases the room (`_settle`).
 
 What can go wrong with an attempt, and what follows:
 
-1.  The actor dies (`_Link.lost`). Every request there goes back to the head of the queue and continues elsewhere after
+1.  The actor dies (`Link.lost`). Every request there goes back to the head of the queue and continues elsewhere after
     the tokens it already has. Any of them may be what killed the actor, so each is under suspicion until its next
     attempt has got past the point where the last one was lost, and a slot has one request on trial at a time. If an
     actor dies with a request on trial, that request is what kills actors, and it alone fails.
@@ -27,7 +29,6 @@ import math
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -36,11 +37,10 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.engine_actor import PROGRESS_S, ActorInfo, PollReply, Submission
+from raylm.actors.engine_actor import PROGRESS_S
 from raylm.config import PoolConfig
 from raylm.errors import (
     ActorLostError,
-    EngineStartError,
     ErrorMessage,
     InvalidRequestError,
     NoActorError,
@@ -50,8 +50,10 @@ from raylm.errors import (
     RequestTimeoutError,
     from_message,
 )
-from raylm.messages import Completion, Delta, EngineStatistics, Generated, Lane, Receipt, Request, Usage
+from raylm.link import Link, first_line
+from raylm.messages import Completion, Delta, EngineStatistics, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
+from raylm.stream import Stream
 
 _STREAM_TRIAL_S = 0.1
 """A stream on trial is acquitted by its first delta this long after its first new token. An actor that dies takes the
@@ -65,21 +67,13 @@ _TRIALS_IN_A_ROW = 16
 """With more suspects than this for each slot, several are on trial at once, so that the last one does not wait for
 minutes."""
 
-_MAX_START_FAILURES = 3
-"""A slot whose engine fails to start this often in a row counts as failed."""
-
 _HISTORY = 512
 """First-token times that the watchdog's bound is learnt from."""
 
 _HISTORY_FACTOR = 8
 """The bound is this many times the slowest of them."""
 
-_ONE_READER = "a stream has one reader at a time"
-
 _log = logging.getLogger(__name__)
-_encode = msgspec.msgpack.Encoder().encode
-_decode_reply = msgspec.msgpack.Decoder(PollReply).decode
-_decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
 
 
 class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,327 +134,6 @@ class _AbortedError(RaylmError):
     """The request's own client ended it."""
 
 
-class Stream:
-    """The deltas of one request, in order: an async iterator, and an async context manager that aborts on exit.
-
-    Attributes:
-        request: The request.
-    """
-
-    __slots__ = (
-        "_acquit_at",
-        "_attempts",
-        "_avoid",
-        "_deadline",
-        "_deltas",
-        "_ended",
-        "_enqueued_at",
-        "_error",
-        "_fruitless",
-        "_heard_at",
-        "_key",
-        "_lane",
-        "_link",
-        "_moved",
-        "_num_read",
-        "_on_trial",
-        "_pool",
-        "_queue_s",
-        "_receipt",
-        "_reservation",
-        "_session_id",
-        "_spoke",
-        "_suspect",
-        "_tokens",
-        "_waiter",
-        "_watched",
-        "request",
-    )
-
-    def __init__(self, pool: Pool, request: Request, lane: Lane, session_id: str | None) -> None:
-        self.request = request
-        self._pool = pool
-        self._lane: Lane = lane
-        self._session_id = session_id
-        # What the slot has to do for it. Four characters a token: good enough to compare loads.
-        length = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
-        self._tokens = length // 4 + request.config.max_new_tokens
-        self._deltas: list[Delta] = []  # of all attempts; what an attempt of its own has to continue
-        self._num_read = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: RaylmError | None = None
-        self._receipt: Receipt | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._ended: Callable[[], None] | None = None  # called once, when it is done
-        # The current attempt:
-        self._link: _Link | None = None
-        self._key = 0
-        self._reservation: Reservation | None = None
-        self._spoke = False  # it has produced a token
-        self._watched = True  # it has not, or it is on trial
-        self._acquit_at = 0.0
-        self._on_trial = False
-        self._heard_at = 0.0
-        # All attempts:
-        self._attempts = 0
-        self._fruitless = 0  # in a row, without a new token
-        self._avoid: set[int] = set()
-        self._suspect = False
-        self._moved = ""
-        self._enqueued_at = 0.0
-        self._queue_s = 0.0
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
-        """Return the next delta.
-
-        Raises:
-            RaylmError: the request failed; deltas that came before the failure were returned first.
-        """
-        # Once a token: the wait is spelled out here, for a call of `_news` would cost as much as the rest.
-        deltas, index = self._deltas, self._num_read
-        while index == len(deltas):
-            if self._receipt is not None:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            if self._waiter is not None:
-                raise RuntimeError(_ONE_READER)
-            waiter = self._waiter = self._pool.loop.create_future()
-            try:
-                await waiter
-            finally:
-                self._waiter = None
-        self._num_read = index + 1
-        return deltas[index]
-
-    @property
-    def done(self) -> bool:
-        """True once the request has been answered or has failed."""
-        return self._receipt is not None or self._error is not None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated so far."""
-        return self._deltas[-1].num_tokens if self._deltas else 0
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join([delta.text for delta in self._deltas])
-
-    async def completion(self) -> Completion:
-        """Wait for the end and return the whole answer.
-
-        Raises:
-            RaylmError: the request failed.
-        """
-        while not self.done:
-            await self._news()
-        return self._result()
-
-    def _result(self) -> Completion:
-        if self._error is not None:
-            raise self._error
-        last = self._deltas[-1]
-        if self._receipt is None or last.finish_reason is None:
-            raise AssertionError("unreachable: a stream that is done has a receipt and a last delta")
-        return Completion(
-            request_id=self.request.request_id,
-            text=self.text,
-            finish_reason=last.finish_reason,
-            usage=self._receipt.usage,
-            receipt=self._receipt,
-            token_ids=[token for delta in self._deltas for token in delta.token_ids],
-            logprobs=[logprob for delta in self._deltas for logprob in delta.logprobs],
-        )
-
-    def abort(self) -> None:
-        """End the request now, also inside the engine. Does nothing once it is done."""
-        self._pool._abandon(self)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    async def _news(self) -> None:
-        if self._waiter is not None:
-            raise RuntimeError(_ONE_READER)
-        waiter = self._waiter = self._pool.loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    def _generated(self) -> Generated | None:
-        if not self._deltas:
-            return self.request.generated
-        before = self.request.generated
-        text, token_ids = self.text, [token for delta in self._deltas for token in delta.token_ids]
-        if before is not None:
-            text, token_ids = before.text + text, before.token_ids + token_ids
-        # Ids that do not cover the whole text are of no use to an engine.
-        return Generated(text, token_ids if len(token_ids) == self.num_tokens else [], self.num_tokens)
-
-
-class _Link:
-    """A pool's connection to the actor in one slot, across the actor's restarts."""
-
-    def __init__(self, pool: Pool, number: int, actor: Any) -> None:
-        self.pool = pool
-        self.number = number
-        self.actor = actor
-        self.state = "starting"
-        self.info: ActorInfo | None = None
-        self.statistics: EngineStatistics | None = None
-        self.num_deaths = 0
-        self.streams: dict[int, Stream] = {}  # by key of their attempt
-        self.client_id = ""
-        self.outbox: list[Stream] = []
-        self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
-        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
-        self.suspicion: asyncio.Task[None] | None = None
-
-    async def run(self) -> None:
-        """Connect, poll until the actor is lost, and again."""
-        connections = itertools.count()
-        num_failures = 0
-        while True:
-            try:
-                info = _decode_info(await self.actor.describe.remote())
-            except ray.exceptions.ActorDiedError as error:
-                self._failed(EngineStartError(f"the actor of slot {self.number} is gone: {_first_line(error)}"))
-                return
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(0.1)  # it is being restarted
-                continue
-            except ray.exceptions.RayTaskError as error:
-                cause = _unwrap(error)
-                num_failures += 1
-                if num_failures >= _MAX_START_FAILURES or not self.settled.done():
-                    self._failed(cause)
-                    return
-                _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
-                await asyncio.sleep(2.0**num_failures)
-                continue
-            num_failures = 0
-            # A new name for every connection: what the actor still does for the old one is aborted by its lease.
-            self.client_id = f"{self.pool.pool_id}-{self.number}.{next(connections)}"
-            self.info = info
-            self.state = "up"
-            self.pool._slot_up(self)
-            if not self.settled.done():
-                self.settled.set_result(None)
-            try:
-                while self.state != "down":
-                    self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
-            except ray.exceptions.RayActorError as error:
-                self.lost(_first_line(error))
-            except ray.exceptions.RayTaskError as error:
-                self.lost(str(_unwrap(error)), died=False)
-
-    def on_reply(self, reply: PollReply) -> None:
-        """Hand every delta to its stream."""
-        now = self.pool.loop.time()
-        self.statistics = reply.statistics
-        streams = self.streams
-        for key, delta in zip(reply.keys, reply.deltas, strict=True):
-            stream = streams.get(key)
-            if stream is None:
-                continue  # of an attempt that was given up
-            stream._deltas.append(delta)
-            if stream._watched:
-                self.pool._hear(stream, now)
-            stream._heard_at = now
-            if delta.finish_reason is not None:
-                self.pool._finish(stream, delta)
-            waiter = stream._waiter
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
-        for key, failure in reply.failures:
-            if (stream := streams.get(key)) is not None:
-                self.pool._attempt_failed(stream, failure)
-
-    def send(self, stream: Stream) -> None:
-        """Put a stream into the call that leaves at the end of this loop tick."""
-        if not self.outbox:
-            self.pool.loop.call_soon(self.flush)
-        self.outbox.append(stream)
-
-    async def send_to_living(self, stream: Stream, key: int) -> None:
-        """Send a stream on trial once the actor has shown that it is alive, so that no earlier death is laid to it."""
-        try:
-            await self.actor.statistics.remote()
-        except ray.exceptions.RayActorError:
-            return  # the poll in flight tells
-        if stream._link is self and stream._key == key:
-            self.send(stream)
-
-    def flush(self) -> None:
-        """Submit the outbox in one call."""
-        batch = [(stream._key, stream) for stream in self.outbox if stream._link is self]
-        self.outbox = []
-        if not batch:
-            return
-        requests = []
-        for key, stream in batch:
-            self.unsent.discard(key)
-            request = stream.request
-            if stream._attempts > 1:
-                request = msgspec.structs.replace(request, generated=stream._generated())
-            requests.append(request)
-        submission = _encode(Submission([key for key, _ in batch], requests))
-        # The call leaves here and now, so that no `cancel` overtakes it.
-        call = self.actor.submit.remote(self.client_id, submission)
-        self.pool._own(self._await_submit(call, self.client_id, batch))
-
-    async def _await_submit(self, call: Any, client_id: str, batch: list[tuple[int, Stream]]) -> None:
-        try:
-            await call
-        except ray.exceptions.RayActorError as error:
-            if self.client_id == client_id:  # else the poll has told before, and the slot is up again
-                self.lost(_first_line(error))
-        except ray.exceptions.RayTaskError as error:
-            for key, stream in batch:
-                if self.streams.get(key) is stream:
-                    self.pool._move(stream, "failed", ActorLostError(f"slot {self.number}: {_first_line(error)}"))
-
-    def cancel(self, keys: list[int]) -> None:
-        """Abort attempts at the actor."""
-        self.pool._own(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
-
-    async def _quietly(self, call: Any) -> None:
-        with suppress(ray.exceptions.RayActorError):  # a dead actor has nothing left to abort
-            await call
-
-    def lost(self, why: str, *, died: bool = True) -> None:
-        """Close the slot and move everything that was in it. Does nothing when that is done."""
-        if self.state == "down":
-            return
-        self.state = "down"
-        self.num_deaths += died
-        self.statistics = None
-        _log.warning("slot %d lost its actor with %d requests in it: %s", self.number, len(self.streams), why)
-        self.pool._slot_down(self, why, died=died)
-
-    def _failed(self, error: RaylmError) -> None:
-        self.state = "failed"
-        if not self.settled.done():
-            self.settled.set_exception(error)
-        self.pool._slot_failed(error)
-
-
 class Pool:
     """Chooses an actor for every request, sends, collects, retries and fails over.
 
@@ -478,7 +151,7 @@ class Pool:
         self.pool_id = uuid.uuid4().hex[:12]
         self.router = Router(self.config.max_pins)
         self._replace = replace
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._suspects: deque[Stream] = deque()
         self._trials_at_once = 1  # in each slot
@@ -515,7 +188,7 @@ class Pool:
         Returns:
             A future that is done when the slot is up, or carries the EngineStartError that kept it down.
         """
-        link = self._links[number] = _Link(self, number, actor)
+        link = self._links[number] = Link(self, number, actor)
         self._own(link.run())
         return link.settled
 
@@ -532,10 +205,9 @@ class Pool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        farewells = [link._quietly(link.actor.forget.remote(link.client_id)) for link in links]
         try:
             async with asyncio.timeout(self.config.health_timeout_s):
-                await asyncio.gather(*farewells)
+                await asyncio.gather(*(link.forget() for link in links))
         except TimeoutError:
             _log.warning("not every actor took note that the pool was closed; its lease ends what is left")
 
@@ -848,13 +520,13 @@ class Pool:
 
     # The state of slots
 
-    def _slot_up(self, link: _Link) -> None:
+    def _slot_up(self, link: Link) -> None:
         if link.info is None:
             raise AssertionError("unreachable: a slot comes up with its description")
         self.router.up(link.number, link.info.engine.capacity)
         self._dispatch_soon()
 
-    def _slot_down(self, link: _Link, why: str, *, died: bool) -> None:
+    def _slot_down(self, link: Link, why: str, *, died: bool) -> None:
         self.router.down(link.number)
         streams = list(link.streams.values())
         unsent, link.unsent = link.unsent, set()
@@ -933,7 +605,7 @@ class Pool:
                 if link.suspicion is None or link.suspicion.done():
                     link.suspicion = self._own(self._suspect(link))
 
-    async def _suspect(self, link: _Link) -> None:
+    async def _suspect(self, link: Link) -> None:
         """Give a silent actor no new work until it has passed a health check; have it replaced if it does not."""
         link.state = "suspected"
         self.router.suspend(link.number, suspended=True)
@@ -945,7 +617,7 @@ class Pool:
             except ray.exceptions.RayActorError:
                 return  # the poll in flight tells too
             except (TimeoutError, ray.exceptions.RayTaskError) as error:
-                _log.warning("slot %d fails its health check: %s", link.number, _first_line(error) or "no answer")
+                _log.warning("slot %d fails its health check: %s", link.number, first_line(error) or "no answer")
                 if self._replace is not None:
                     self._replace(link.number)
                     return
@@ -968,13 +640,3 @@ class Pool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.loop.call_exception_handler({"message": "a task of the pool broke", "exception": error, "task": task})
-
-
-def _unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
-    """Return the error that the actor raised, without Ray's wrapping."""
-    cause = error.cause
-    return cause if isinstance(cause, RaylmError) else EngineStartError(f"{type(cause).__name__}: {cause}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "template", "models"},
     {"engines"},
     {"actors"},
-    {"routing", "pool", "conversation"},
+    {"routing", "stream", "link", "pool", "conversation"},
     {"api", "batch"},
     {"cli", "demo"},
 ]

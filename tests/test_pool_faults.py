@@ -10,7 +10,8 @@ from raylm.config import Fault, PoolConfig, SimulatedConfig
 from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.errors import EngineError, PoisonRequestError, RequestTimeoutError
 from raylm.messages import Completion, GenerationConfig, Message, Request
-from raylm.pool import Pool, Stream
+from raylm.pool import Pool
+from raylm.stream import Stream
 
 from .conftest import StartPool, ask
 

@@ -1,0 +1,200 @@
+"""Link: a pool's connection to the actor in one slot, and its end of the token plane.
+
+What leaves for the actor in one loop tick leaves in one call (`Link.flush`); what comes back comes in the replies of
+one long poll (`Link.on_reply`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import ray.exceptions
+
+from raylm.actors.engine_actor import ActorInfo, PollReply, Submission
+from raylm.errors import ActorLostError, EngineStartError, RaylmError
+from raylm.messages import EngineStatistics
+from raylm.stream import Stream
+
+if TYPE_CHECKING:
+    from raylm.pool import Pool
+
+_MAX_START_FAILURES = 3
+"""A slot whose engine fails to start this often in a row counts as failed."""
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+_decode_reply = msgspec.msgpack.Decoder(PollReply).decode
+_decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
+
+
+class Link:
+    """A pool's connection to the actor in one slot, across the actor's restarts.
+
+    Args:
+        pool: Whose connection it is.
+        number: The slot's number.
+        actor: Handle of its `EngineActor`.
+    """
+
+    def __init__(self, pool: Pool, number: int, actor: Any) -> None:
+        self.pool = pool
+        self.number = number
+        self.actor = actor
+        self.state = "starting"
+        self.info: ActorInfo | None = None
+        self.statistics: EngineStatistics | None = None
+        self.num_deaths = 0
+        self.streams: dict[int, Stream] = {}  # by key of their attempt
+        self.client_id = ""
+        self.outbox: list[Stream] = []
+        self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
+        self.suspicion: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Connect, poll until the actor is lost, and again."""
+        connections = itertools.count()
+        num_failures = 0
+        while True:
+            try:
+                info = _decode_info(await self.actor.describe.remote())
+            except ray.exceptions.ActorDiedError as error:
+                self._failed(EngineStartError(f"the actor of slot {self.number} is gone: {first_line(error)}"))
+                return
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.1)  # it is being restarted
+                continue
+            except ray.exceptions.RayTaskError as error:
+                cause = _unwrap(error)
+                num_failures += 1
+                if num_failures >= _MAX_START_FAILURES or not self.settled.done():
+                    self._failed(cause)
+                    return
+                _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
+                await asyncio.sleep(2.0**num_failures)
+                continue
+            num_failures = 0
+            # A new name for every connection: what the actor still does for the old one is aborted by its lease.
+            self.client_id = f"{self.pool.pool_id}-{self.number}.{next(connections)}"
+            self.info = info
+            self.state = "up"
+            self.pool._slot_up(self)
+            if not self.settled.done():
+                self.settled.set_result(None)
+            try:
+                while self.state != "down":
+                    self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
+            except ray.exceptions.RayActorError as error:
+                self.lost(first_line(error))
+            except ray.exceptions.RayTaskError as error:
+                self.lost(str(_unwrap(error)), died=False)
+
+    def on_reply(self, reply: PollReply) -> None:
+        """Hand every delta to its stream."""
+        now = self.pool.loop.time()
+        self.statistics = reply.statistics
+        streams = self.streams
+        for key, delta in zip(reply.keys, reply.deltas, strict=True):
+            stream = streams.get(key)
+            if stream is None:
+                continue  # of an attempt that was given up
+            stream._deltas.append(delta)
+            if stream._watched:
+                self.pool._hear(stream, now)
+            stream._heard_at = now
+            if delta.finish_reason is not None:
+                self.pool._finish(stream, delta)
+            waiter = stream._waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+        for key, failure in reply.failures:
+            if (stream := streams.get(key)) is not None:
+                self.pool._attempt_failed(stream, failure)
+
+    def send(self, stream: Stream) -> None:
+        """Put a stream into the call that leaves at the end of this loop tick."""
+        if not self.outbox:
+            self.pool.loop.call_soon(self.flush)
+        self.outbox.append(stream)
+
+    async def send_to_living(self, stream: Stream, key: int) -> None:
+        """Send a stream on trial once the actor has shown that it is alive, so that no earlier death is laid to it."""
+        try:
+            await self.actor.statistics.remote()
+        except ray.exceptions.RayActorError:
+            return  # the poll in flight tells
+        if stream._link is self and stream._key == key:
+            self.send(stream)
+
+    def flush(self) -> None:
+        """Submit the outbox in one call."""
+        batch = [(stream._key, stream) for stream in self.outbox if stream._link is self]
+        self.outbox = []
+        if not batch:
+            return
+        requests = []
+        for key, stream in batch:
+            self.unsent.discard(key)
+            request = stream.request
+            if stream._attempts > 1:
+                request = msgspec.structs.replace(request, generated=stream._generated())
+            requests.append(request)
+        submission = _encode(Submission([key for key, _ in batch], requests))
+        # The call leaves here and now, so that no `cancel` overtakes it.
+        call = self.actor.submit.remote(self.client_id, submission)
+        self.pool._own(self._await_submit(call, self.client_id, batch))
+
+    async def _await_submit(self, call: Any, client_id: str, batch: list[tuple[int, Stream]]) -> None:
+        try:
+            await call
+        except ray.exceptions.RayActorError as error:
+            if self.client_id == client_id:  # else the poll has told before, and the slot is up again
+                self.lost(first_line(error))
+        except ray.exceptions.RayTaskError as error:
+            for key, stream in batch:
+                if self.streams.get(key) is stream:
+                    self.pool._move(stream, "failed", ActorLostError(f"slot {self.number}: {first_line(error)}"))
+
+    def cancel(self, keys: list[int]) -> None:
+        """Abort attempts at the actor."""
+        self.pool._own(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
+
+    async def forget(self) -> None:
+        """Have the actor abort all that it does for this connection."""
+        await self._quietly(self.actor.forget.remote(self.client_id))
+
+    async def _quietly(self, call: Any) -> None:
+        with suppress(ray.exceptions.RayActorError):  # a dead actor has nothing left to abort
+            await call
+
+    def lost(self, why: str, *, died: bool = True) -> None:
+        """Close the slot and move everything that was in it. Does nothing when that is done."""
+        if self.state == "down":
+            return
+        self.state = "down"
+        self.num_deaths += died
+        self.statistics = None
+        _log.warning("slot %d lost its actor with %d requests in it: %s", self.number, len(self.streams), why)
+        self.pool._slot_down(self, why, died=died)
+
+    def _failed(self, error: RaylmError) -> None:
+        self.state = "failed"
+        if not self.settled.done():
+            self.settled.set_exception(error)
+        self.pool._slot_failed(error)
+
+
+def _unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
+    """Return the error that the actor raised, without Ray's wrapping."""
+    cause = error.cause
+    return cause if isinstance(cause, RaylmError) else EngineStartError(f"{type(cause).__name__}: {cause}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line; Ray's go on for pages."""
+    return str(error).strip().partition("\n")[0]

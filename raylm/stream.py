@@ -1,0 +1,196 @@
+"""Stream: one request as its client sees it, and what the pool keeps of it meanwhile.
+
+The attributes with an underscore belong to `pool.py` and `link.py`. They live here, and not in a table of the pool,
+because every delta touches them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from raylm.errors import RaylmError
+from raylm.messages import Completion, Delta, Generated, Lane, Receipt, Request
+from raylm.routing import Reservation
+
+if TYPE_CHECKING:
+    from raylm.link import Link
+    from raylm.pool import Pool
+
+_ONE_READER = "a stream has one reader at a time"
+
+
+class Stream:
+    """The deltas of one request, in order: an async iterator, and an async context manager that aborts on exit.
+
+    Attributes:
+        request: The request.
+    """
+
+    __slots__ = (
+        "_acquit_at",
+        "_attempts",
+        "_avoid",
+        "_deadline",
+        "_deltas",
+        "_ended",
+        "_enqueued_at",
+        "_error",
+        "_fruitless",
+        "_heard_at",
+        "_key",
+        "_lane",
+        "_link",
+        "_moved",
+        "_num_read",
+        "_on_trial",
+        "_pool",
+        "_queue_s",
+        "_receipt",
+        "_reservation",
+        "_session_id",
+        "_spoke",
+        "_suspect",
+        "_tokens",
+        "_waiter",
+        "_watched",
+        "request",
+    )
+
+    def __init__(self, pool: Pool, request: Request, lane: Lane, session_id: str | None) -> None:
+        self.request = request
+        self._pool = pool
+        self._lane: Lane = lane
+        self._session_id = session_id
+        # What the slot has to do for it. Four characters a token: good enough to compare loads.
+        length = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
+        self._tokens = length // 4 + request.config.max_new_tokens
+        self._deltas: list[Delta] = []  # of all attempts; what an attempt of its own has to continue
+        self._num_read = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RaylmError | None = None
+        self._receipt: Receipt | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._ended: Callable[[], None] | None = None  # called once, when it is done
+        # The current attempt:
+        self._link: Link | None = None
+        self._key = 0
+        self._reservation: Reservation | None = None
+        self._spoke = False  # it has produced a token
+        self._watched = True  # it has not, or it is on trial
+        self._acquit_at = 0.0
+        self._on_trial = False
+        self._heard_at = 0.0
+        # All attempts:
+        self._attempts = 0
+        self._fruitless = 0  # in a row, without a new token
+        self._avoid: set[int] = set()
+        self._suspect = False
+        self._moved = ""
+        self._enqueued_at = 0.0
+        self._queue_s = 0.0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """Return the next delta.
+
+        Raises:
+            RaylmError: the request failed; deltas that came before the failure were returned first.
+        """
+        # Once a token: the wait is spelled out here, for a call of `_news` would cost as much as the rest.
+        deltas, index = self._deltas, self._num_read
+        while index == len(deltas):
+            if self._receipt is not None:
+                raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
+            if self._waiter is not None:
+                raise RuntimeError(_ONE_READER)
+            waiter = self._waiter = self._pool.loop.create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+        self._num_read = index + 1
+        return deltas[index]
+
+    @property
+    def done(self) -> bool:
+        """True once the request has been answered or has failed."""
+        return self._receipt is not None or self._error is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self._deltas[-1].num_tokens if self._deltas else 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join([delta.text for delta in self._deltas])
+
+    async def completion(self) -> Completion:
+        """Wait for the end and return the whole answer.
+
+        Raises:
+            RaylmError: the request failed.
+        """
+        while not self.done:
+            await self._news()
+        return self._result()
+
+    def _result(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        last = self._deltas[-1]
+        if self._receipt is None or last.finish_reason is None:
+            raise AssertionError("unreachable: a stream that is done has a receipt and a last delta")
+        return Completion(
+            request_id=self.request.request_id,
+            text=self.text,
+            finish_reason=last.finish_reason,
+            usage=self._receipt.usage,
+            receipt=self._receipt,
+            token_ids=[token for delta in self._deltas for token in delta.token_ids],
+            logprobs=[logprob for delta in self._deltas for logprob in delta.logprobs],
+        )
+
+    def abort(self) -> None:
+        """End the request now, also inside the engine. Does nothing once it is done."""
+        self._pool._abandon(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    async def _news(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError(_ONE_READER)
+        waiter = self._waiter = self._pool.loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _generated(self) -> Generated | None:
+        if not self._deltas:
+            return self.request.generated
+        before = self.request.generated
+        text, token_ids = self.text, [token for delta in self._deltas for token in delta.token_ids]
+        if before is not None:
+            text, token_ids = before.text + text, before.token_ids + token_ids
+        # Ids that do not cover the whole text are of no use to an engine.
+        return Generated(text, token_ids if len(token_ids) == self.num_tokens else [], self.num_tokens)
