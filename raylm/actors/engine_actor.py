@@ -11,6 +11,7 @@ get fewer and fuller by themselves, and idle a token waits for nothing. Messages
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -204,6 +205,10 @@ class EngineActor:
             raise
         if self._reaper is None:
             self._reaper = asyncio.create_task(self._abort_lost_clients())
+            # What has been loaded by now stays to the end. A full collection that goes through all of it takes tens of
+            # milliseconds, and every stream would wait for it.
+            gc.collect()
+            gc.freeze()
         actor = ray.get_runtime_context().get_actor_id()
         gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
         return _encode(ActorInfo(info, actor, socket.gethostname(), os.getpid(), gpus))
