@@ -1,7 +1,8 @@
 """CPU and delay of carrying tokens from an engine's process to the streams' readers, against Ray's own way.
 
 Subject. 1,024 streams of 50 tokens/s on one EngineActor with the simulated engine. This process holds the pool and one
-`async for delta in stream` coroutine for each stream. Its event loop is uvloop's, as in Ray's actors and in pipelines.
+`async for delta in stream` coroutine for each stream. As in raylm's own processes, its event loop is uvloop's and its
+garbage collector is set by `raylm.heap.settle`.
 
 Baseline, in the same run. The same engine in a Ray actor with an async generator method, called once per stream with
 `num_returns="streaming"` and read with `async for ref in ...: await ref`. It runs at 32 streams, about what it can
@@ -17,6 +18,9 @@ busy counts as delay. `token_plane_emit_p99_ms` is from each token's own stamp i
 CLOCK_MONOTONIC.
 
 `token_plane_gain`: CPU per token of the baseline, divided by `token_plane_us`.
+
+`ray_alone_us`: what of `token_plane_us` is Ray's own: a call that brings as many bytes once a tick, with no engine, no
+pool and no readers.
 
 Rounds of subject and baseline alternate; figures are medians over the rounds. CPU time and delay both rise when other
 processes compete for the cores: `other_cpus` tells how many cores they, or other guests of the host, took meanwhile.
@@ -37,6 +41,7 @@ import ray
 import uvloop
 from harness import Figure, local_cluster, publish, quick_asked, say
 
+from raylm import heap
 from raylm.actors.engine_actor import EngineActor
 from raylm.actors.manager import shape
 from raylm.config import SimulatedConfig
@@ -51,6 +56,7 @@ NUM_STREAMS = 1024
 NUM_BASELINE_STREAMS = 32
 NUM_PROBES = 32
 NUM_ROUNDS = 3
+BYTES_PER_DELTA = 18  # in a reply, with its key
 CONFIG = SimulatedConfig(tokens_per_s=RATE, capacity=NUM_STREAMS)
 
 Stamps = dict[str, list[tuple[int, float]]]
@@ -120,6 +126,25 @@ class GeneratorActor:
             finished = delta.finish_reason is not None
             yield delta.text
         await running
+
+
+class EmptyPlane:
+    """Nothing but Ray: a call that comes back once a tick, with as many bytes as the plane's replies."""
+
+    def __init__(self) -> None:
+        self._reply = bytes(BYTES_PER_DELTA * NUM_STREAMS)
+        self._due = time.monotonic()
+
+    async def cpu_s(self) -> float:
+        """Return the CPU time of this process so far."""
+        return time.process_time()
+
+    async def poll(self) -> bytes:
+        """Return at the next tick."""
+        now = time.monotonic()
+        self._due = max(self._due + 1 / RATE, now)
+        await asyncio.sleep(self._due - now)
+        return self._reply
 
 
 class Measured(msgspec.Struct):
@@ -247,6 +272,15 @@ async def measure_generators(actor: Any, num_streams: int, num_tokens: int) -> M
     return await meter.stop(sum(await asyncio.gather(*(read_generator(index) for index in range(num_streams)))))
 
 
+async def measure_empty(actor: Any, num_ticks: int) -> Measured:
+    """Run one round of Ray alone, as if each reply held a token of every stream."""
+    meter = Meter(actor)
+    await meter.start()
+    for _ in range(num_ticks):
+        await actor.poll.remote()
+    return await meter.stop(num_ticks * NUM_STREAMS)
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Return the value that `share` of the values do not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
@@ -267,10 +301,12 @@ def show(name: str, num_streams: int, measured: Measured) -> None:
 
 async def run(num_tokens: int) -> list[Figure]:
     """Alternate the rounds and return the figures."""
+    heap.settle()
     probed = ray.remote(ProbedActor).options(**shape(CONFIG).actor_options()).remote(CONFIG.model_dump_json())
     generators = ray.remote(GeneratorActor).options(num_cpus=0).remote(CONFIG.model_dump_json())
+    empty = ray.remote(EmptyPlane).options(num_cpus=0).remote()
     await generators.start.remote()
-    full, same, baseline = [], [], []
+    full, same, baseline, floor = [], [], [], []
     async with Pool() as pool:
         await pool.attach(0, probed)
         await measure_plane(pool, probed, NUM_BASELINE_STREAMS, RATE // 2)  # warm-up, as is the next
@@ -282,6 +318,8 @@ async def run(num_tokens: int) -> list[Figure]:
             show("raylm", NUM_BASELINE_STREAMS, same[-1])
             baseline.append(await measure_generators(generators, NUM_BASELINE_STREAMS, num_tokens))
             show("generators", NUM_BASELINE_STREAMS, baseline[-1])
+            floor.append(await measure_empty(empty, num_tokens))
+            show("ray alone", NUM_STREAMS, floor[-1])
 
     def median(values: Sequence[float]) -> float:
         return statistics.median(values)
@@ -310,6 +348,7 @@ async def run(num_tokens: int) -> list[Figure]:
         Figure("token_plane_rate", rate, "tok/s"),
         Figure("token_plane_rate_ideal", ideal, "tok/s"),
         Figure("other_cpus", median([a.other_cpus for a in full]), "cores", better="lower"),
+        Figure("ray_alone_us", median([d.us_per_token for d in floor]), "us/token", better="lower"),
         Figure("generator_us", median([c.us_per_token for c in baseline]), "us/token", better="lower"),
         Figure("generator_rate", median([c.rate for c in baseline]), "tok/s"),
         Figure("generator_rate_ideal", NUM_BASELINE_STREAMS * RATE, "tok/s"),

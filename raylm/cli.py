@@ -37,11 +37,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TextIO, TypeVar
 
 import typer
+import uvloop
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from raylm import heap
 from raylm._version import __version__
 from raylm.config import Backend, EngineConfig
 from raylm.errors import CapacityError, EngineStartError, InvalidRequestError, RaylmError
@@ -393,7 +395,8 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
     try:
         with redirect_stdout(sys.stderr):  # Ray prints there when an actor dies, among the answers
-            return asyncio.run(cancellable())
+            heap.settle()
+            return uvloop.run(cancellable())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -22,7 +22,7 @@ class OpenVINOConfig(_Config):
     Attributes:
         path: Model: a built-in alias, a GGUF file, a folder with an OpenVINO model, or a hub id. Pipelines fill it in.
         model_name: Name in receipts; None takes it from `path`.
-        capacity: Requests decoded together.
+        capacity: Requests decoded together. Fewer give each more tokens/s, more give more in all.
         max_context: Prompt and generated tokens together; None takes the model's own limit.
         cache_size_gb: Memory for the KV cache, in GiB.
         num_threads: CPU threads for inference; None lets OpenVINO decide.
@@ -36,7 +36,7 @@ class OpenVINOConfig(_Config):
     kind: Literal["openvino"] = "openvino"
     path: str = ""
     model_name: str | None = None
-    capacity: int = Field(default=32, ge=1)
+    capacity: int = Field(default=128, ge=1)
     max_context: int | None = Field(default=None, ge=1)
     cache_size_gb: int = Field(default=1, ge=1)
     num_threads: int | None = Field(default=None, ge=1)

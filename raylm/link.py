@@ -86,9 +86,10 @@ class Link:
             self.pool._slot_up(self)
             if not self.settled.done():
                 self.settled.set_result(None)
+            poll = self.actor.poll.remote
             try:
                 while self.state != "down":
-                    self.on_reply(_decode_reply(await self.actor.poll.remote(self.client_id)))
+                    self.on_reply(_decode_reply(await poll(self.client_id)))
             except ray.exceptions.RayActorError as error:
                 self.lost(first_line(error))
             except ray.exceptions.RayTaskError as error:

@@ -12,7 +12,7 @@ import raylm
 PACKAGE = Path(raylm.__file__).parent
 
 LAYERS = [
-    {"_version"},
+    {"_version", "heap"},
     {"errors", "messages"},
     {"config", "template", "models"},
     {"engines"},

@@ -11,7 +11,6 @@ get fewer and fuller by themselves, and idle a token waits for nothing. Messages
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import socket
@@ -21,6 +20,7 @@ import msgspec
 import ray
 from pydantic import TypeAdapter
 
+from raylm import heap
 from raylm.config import EngineConfig, OpenVINOConfig
 from raylm.engines.base import Engine
 from raylm.errors import ActorLostError, EngineError, ErrorMessage, NoActorError, RaylmError, to_message
@@ -130,6 +130,12 @@ class _Client:
         self.ready.clear()
         return _encode(reply)
 
+    def send(self, work: _Work) -> None:
+        """Have the next poll take a delta along."""
+        if not self.dirty:
+            self.ready.set()
+        self.dirty.append(work)
+
     def hold_back(self, work: _Work) -> None:
         """Keep a delta until the next progress is due."""
         self.quiet.append(work)
@@ -158,7 +164,6 @@ class _Work:
 
     def emit(self, delta: Delta) -> None:
         """Take the next delta from the engine."""
-        client = self.client
         first = self.pending is None
         if self.pending is None:
             self.pending = delta
@@ -166,14 +171,12 @@ class _Work:
             self.pending.extend(delta)
         if delta.finish_reason is not None:
             self.finished = True
-            client.dirty.append(self)
-            client.ready.set()
+            self.client.send(self)
         elif first:
             if self.stream:
-                client.dirty.append(self)
-                client.ready.set()
+                self.client.send(self)
             else:
-                client.hold_back(self)
+                self.client.hold_back(self)
 
 
 class EngineActor:
@@ -205,10 +208,7 @@ class EngineActor:
             raise
         if self._reaper is None:
             self._reaper = asyncio.create_task(self._abort_lost_clients())
-            # What has been loaded by now stays to the end. A full collection that goes through all of it takes tens of
-            # milliseconds, and every stream would wait for it.
-            gc.collect()
-            gc.freeze()
+            heap.settle()
         actor = ray.get_runtime_context().get_actor_id()
         gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
         return _encode(ActorInfo(info, actor, socket.gethostname(), os.getpid(), gpus))

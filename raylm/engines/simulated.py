@@ -102,7 +102,7 @@ class SimulatedEngine:
 
     def __init__(self, config: SimulatedConfig) -> None:
         self._config = config
-        self._streams: set[_Stream] = set()
+        self._streams: dict[_Stream, None] = {}  # in the order of their start, in which memory is read fastest
         self._num_tokens = 0
         self._hung = False
         self._clock: asyncio.Task[None] | None = None
@@ -124,12 +124,12 @@ class SimulatedEngine:
     async def generate(self, request: Request, emit: Emit) -> None:
         """Run one stream until its last token. See `engines.base.Engine.generate`."""
         stream = self._open(request, emit)
-        self._streams.add(stream)
+        self._streams[stream] = None
         self._work.set()
         try:
             await stream.done
         finally:
-            self._streams.discard(stream)
+            del self._streams[stream]
 
     def _open(self, request: Request, emit: Emit) -> _Stream:
         config, prompt = request.config, prompt_text(request)
