@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Backend = Literal["auto", "turbomind", "pytorch", "openvino"]
 """Engines by the name that lmdeploy's users know them by; `auto` goes by the cluster's hardware."""
@@ -83,7 +83,135 @@ class SimulatedConfig(_Config):
     faults: tuple[Fault, ...] = ()
 
 
-EngineConfig = Annotated[OpenVINOConfig | SimulatedConfig, Field(discriminator="kind")]
+class _LMDeployEngineConfig(_Config):
+    """What an lmdeploy engine is told, in this process or in a server of its own. Names are lmdeploy's.
+
+    Attributes:
+        path: Model: a built-in alias, a local folder, or a hub id. Pipelines fill it in.
+        model_name: Name in receipts; None takes it from `path`.
+        backend: lmdeploy's engine.
+        device: Where it computes. `cpu` is the PyTorch engine through `raylm.engines.lmdeploy_cpu`, for development and
+            tests.
+        tp: GPUs that hold the model together.
+        session_len: Prompt and generated tokens together; None takes the model's own limit.
+        max_batch_size: Requests decoded together; None lets lmdeploy decide.
+        cache_max_entry_count: Share of the free GPU memory for the KV cache; None takes lmdeploy's default.
+        quant_policy: Bits of the KV cache's entries: 0 (as computed), 4 or 8.
+        dtype: Of weights and activations.
+        model_format: How the weights are stored; None lets lmdeploy find out.
+        prefix_caching: Keep the KV cache of finished requests, which makes replayed transcripts cheap.
+        options: Anything else that lmdeploy's own engine config knows, by name.
+        start_timeout_s: Limit on one attempt to start.
+        start_attempts: Attempts before the start has failed: lmdeploy's start can lose a race with itself.
+    """
+
+    path: str = ""
+    model_name: str | None = None
+    backend: Literal["turbomind", "pytorch"] = "turbomind"
+    device: Literal["cuda", "cpu"] = "cuda"
+    tp: int = Field(default=1, ge=1)
+    session_len: int | None = Field(default=None, ge=1)
+    max_batch_size: int | None = Field(default=None, ge=1)
+    cache_max_entry_count: float | None = Field(default=None, gt=0, lt=1)
+    quant_policy: Literal[0, 4, 8] = 0
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    model_format: str | None = None
+    prefix_caching: bool = True
+    options: dict[str, Any] = {}
+    start_timeout_s: PositiveFloat = 600
+    start_attempts: int = Field(default=3, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_pytorch_on_cpu(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("device") == "cpu":
+            if settings.get("backend", "pytorch") != "pytorch":
+                raise ValueError("device cpu takes backend pytorch: TurboMind runs on GPUs alone")
+            return {**settings, "backend": "pytorch"}
+        return settings
+
+
+class LMDeployConfig(_LMDeployEngineConfig):
+    """Settings of lmdeploy inside the actor."""
+
+    kind: Literal["lmdeploy"] = "lmdeploy"
+
+
+class APIServerConfig(_LMDeployEngineConfig):
+    """Settings of an actor that runs `lmdeploy serve api_server` and talks to it.
+
+    Attributes:
+        server_name: Address that the server listens on.
+        server_port: Its port; 0 takes a free one.
+        api_key: The key that the server asks for; None: it asks for none.
+    """
+
+    kind: Literal["api_server"] = "api_server"
+    server_name: str = "0.0.0.0"  # noqa: S104  (the seed's default, which is lmdeploy's)
+    server_port: int = Field(default=23333, ge=0, le=65535)
+    api_key: str | None = Field(default=None, repr=False)
+
+
+class HTTPConfig(_Config):
+    """Settings of a client of an lmdeploy api_server or of any server that speaks OpenAI's protocol.
+
+    Attributes:
+        url: The server, such as `http://10.0.0.5:23333`. A trailing `/v1` is the same.
+        model_name: Which of its models; None takes its first one.
+        api_key: Sent as bearer token; None sends none.
+        ca_file: Certificates to check the server's against; None takes the system's.
+        verify_tls: Check the server's certificate.
+        capacity: Requests at the server at a time, and connections to it.
+        max_context: Prompt and generated tokens together; None asks the server, which may not tell.
+        connect_timeout_s: Limit on connecting.
+        idle_timeout_s: Limit on the silence in a response.
+    """
+
+    kind: Literal["http"] = "http"
+    url: str
+    model_name: str | None = None
+    api_key: str | None = Field(default=None, repr=False)
+    ca_file: str | None = None
+    verify_tls: bool = True
+    capacity: int = Field(default=256, ge=1)
+    max_context: int | None = Field(default=None, ge=1)
+    connect_timeout_s: PositiveFloat = 5
+    idle_timeout_s: PositiveFloat = 60
+
+
+class TritonConfig(_Config):
+    """Settings of a client of a Triton server.
+
+    Attributes:
+        address: `ip:port` of its gRPC endpoint.
+        model_name: The model in its repository.
+        session_len: Prompt and generated tokens together.
+        capacity: Requests at the server at a time.
+        ssl: Use TLS.
+        ca_file: Certificates to check the server's against; None takes the system's.
+        key_file: This client's private key, for mutual TLS.
+        certificate_file: This client's certificate, for mutual TLS.
+        idle_timeout_s: Limit on the silence in a response.
+        start_timeout_s: How long to wait for a server that is down, and for a model that is being loaded.
+    """
+
+    kind: Literal["triton"] = "triton"
+    address: str
+    model_name: str
+    session_len: int = Field(default=32768, ge=1)
+    capacity: int = Field(default=256, ge=1)
+    ssl: bool = False
+    ca_file: str | None = None
+    key_file: str | None = None
+    certificate_file: str | None = None
+    idle_timeout_s: PositiveFloat = 60
+    start_timeout_s: PositiveFloat = 60
+
+
+EngineConfig = Annotated[
+    LMDeployConfig | APIServerConfig | HTTPConfig | TritonConfig | OpenVINOConfig | SimulatedConfig,
+    Field(discriminator="kind"),
+]
 
 
 class SessionConfig(_Config):
@@ -110,7 +238,8 @@ class PoolConfig(_Config):
         max_attempts: Actors that may work on one request.
         first_token_timeout_s: Floor of the watchdog's bound on the first token. The bound itself follows the pool's
             own history and is never below this.
-        token_gap_timeout_s: The watchdog's bound on the silence after the first token.
+        token_gap_timeout_s: The watchdog's bound on the silence after the first token. Both bounds are ten times as
+            long while other requests of the same slot get tokens.
         health_timeout_s: How long an actor under suspicion has to answer a health check before it is replaced.
         batch_share: Share of dispatches that the batch lane keeps while the interactive lane has work, 0 to 1.
         max_pins: Sessions whose slot the pool remembers; the least recently used is forgotten.
@@ -119,7 +248,7 @@ class PoolConfig(_Config):
     max_queued: int | None = Field(default=None, ge=1)
     max_attempts: int = Field(default=4, ge=1)
     first_token_timeout_s: PositiveFloat = 60
-    token_gap_timeout_s: PositiveFloat = 30
+    token_gap_timeout_s: PositiveFloat = 20
     health_timeout_s: PositiveFloat = 10
     batch_share: float = Field(default=0.1, ge=0, le=1)
     max_pins: int = Field(default=1_000_000, ge=1)

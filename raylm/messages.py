@@ -153,6 +153,9 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
         stream: True to see deltas as they are produced. False lets the actor hold them back: at most one a second
             leaves it before the last.
         generated: What earlier attempts produced, when this one continues them.
+        session_id: The session that this is a turn of, for engines whose back end can keep state between turns. The
+            prompt or the messages are whole all the same.
+        session_end: No turn of that session follows.
     """
 
     request_id: str
@@ -161,6 +164,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     config: GenerationConfig = GenerationConfig()
     stream: bool = True
     generated: Generated | None = None
+    session_id: str | None = None
+    session_end: bool = True
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):

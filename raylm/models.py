@@ -81,7 +81,7 @@ def resolve(path: str) -> Path:
         EngineStartError: there is no such model, or it cannot be fetched. The text says what to do.
     """
     if path in BUILTIN_MODELS:
-        return fetch(BUILTIN_MODELS[path], _cache_folder() / "models" / path)
+        return fetch(BUILTIN_MODELS[path], cache_folder() / "models" / path)
     try:
         local = Path(path).expanduser().absolute()
         exists = path != "" and local.exists()  # an empty path would be the working folder
@@ -236,7 +236,7 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return $RAYLM_CACHE, or raylm's part of the user's cache folder."""
     try:
         if own := os.environ.get("RAYLM_CACHE"):

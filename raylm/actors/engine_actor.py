@@ -21,8 +21,9 @@ import ray
 from pydantic import TypeAdapter
 
 from raylm import heap
-from raylm.config import EngineConfig, OpenVINOConfig
-from raylm.engines.base import Engine
+from raylm.config import EngineConfig
+from raylm.engines import build
+from raylm.engines.lmdeploy_worker import PLACEMENT_GROUP_VARIABLE
 from raylm.errors import ActorLostError, EngineError, ErrorMessage, NoActorError, RaylmError, to_message
 from raylm.messages import Delta, EngineInfo, EngineStatistics, Request
 
@@ -91,17 +92,6 @@ class ActorInfo(msgspec.Struct, frozen=True):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_submission = msgspec.msgpack.Decoder(Submission).decode
 _engine_config: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
-
-
-def _build(config: EngineConfig) -> Engine:
-    # Engines are imported where they run: the driver needs none of their libraries.
-    if isinstance(config, OpenVINOConfig):
-        from raylm.engines.openvino import OpenVINOEngine
-
-        return OpenVINOEngine(config)
-    from raylm.engines.simulated import SimulatedEngine
-
-    return SimulatedEngine(config)
 
 
 class _Client:
@@ -187,7 +177,11 @@ class EngineActor:
     """
 
     def __init__(self, config: str) -> None:
-        self._engine = _build(_engine_config.validate_json(config))
+        if (group := ray.util.get_current_placement_group()) is not None:
+            # For an engine in a child process whose ranks are Ray actors.
+            os.environ[PLACEMENT_GROUP_VARIABLE] = group.id.hex()
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        self._engine = build(_engine_config.validate_json(config))
         self._clients: dict[str, _Client] = {}
         self._expired: dict[str, None] = {}  # clients that were taken for lost, the latest last
         self._starting: asyncio.Task[EngineInfo] | None = None

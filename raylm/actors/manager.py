@@ -9,11 +9,22 @@ from typing import Any, Self
 
 import ray
 import ray.exceptions
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raylm.actors.cluster import nodes
 from raylm.actors.engine_actor import EngineActor
-from raylm.actors.placement import Node, Shape, plan
+from raylm.actors.placement import Shape, plan
 from raylm.actors.sessions import MemorySessionStore
-from raylm.config import EngineConfig, OpenVINOConfig, SessionConfig
+from raylm.config import (
+    APIServerConfig,
+    EngineConfig,
+    HTTPConfig,
+    LMDeployConfig,
+    OpenVINOConfig,
+    SessionConfig,
+    TritonConfig,
+)
 from raylm.errors import NoActorError, PlacementError
 
 _PLACEMENT_TIMEOUT_S = 120.0
@@ -27,18 +38,15 @@ _log = logging.getLogger(__name__)
 
 def shape(config: EngineConfig) -> Shape:
     """Return what one replica of an engine takes of its node."""
+    if isinstance(config, LMDeployConfig) and config.backend == "pytorch" and config.tp > 1:
+        return Shape(num_cpus=1, num_gpus=config.tp, grouped=True)  # on CPU, these GPUs are logical ones
+    if isinstance(config, LMDeployConfig | APIServerConfig):
+        return Shape(num_cpus=1, num_gpus=config.tp if config.device == "cuda" else 0)
+    if isinstance(config, HTTPConfig | TritonConfig):
+        return Shape(num_cpus=0.01)
     if isinstance(config, OpenVINOConfig):
         return Shape(num_cpus=1)
     return Shape(num_cpus=0, num_gpus=config.num_gpus)
-
-
-def nodes() -> list[Node]:
-    """Return the living nodes of the cluster that this process is connected to."""
-    return [
-        Node(node["NodeManagerHostname"], node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 class PoolManager:
@@ -49,9 +57,10 @@ class PoolManager:
         sessions: The session store's handle.
     """
 
-    def __init__(self, actors: list[Any], sessions: Any) -> None:
+    def __init__(self, actors: list[Any], sessions: Any, groups: list[Any]) -> None:
         self.actors = actors
         self.sessions = sessions
+        self._groups = groups  # placement groups of the actors that have one
 
     @classmethod
     async def start(cls, engines: Sequence[EngineConfig], sessions: SessionConfig) -> Self:
@@ -68,11 +77,18 @@ class PoolManager:
         for kind in {shape(config) for config in engines}:
             plan(nodes(), kind, sum(shape(config) == kind for config in engines))
         create = ray.remote(EngineActor)
-        actors = [
-            create.options(**shape(config).actor_options()).remote(config.model_dump_json()) for config in engines
-        ]
+        actors, groups = [], []
+        for config in engines:
+            options = shape(config).actor_options()
+            if shape(config).grouped:
+                # The group outlives the actor's process: Ray starts the next one in its place.
+                groups.append(placement_group(shape(config).bundles(), strategy="STRICT_PACK"))
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    groups[-1], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+                )
+            actors.append(create.options(**options).remote(config.model_dump_json()))
         store = ray.remote(MemorySessionStore).options(num_cpus=0, max_restarts=-1).remote(sessions)
-        manager = cls(actors, store)
+        manager = cls(actors, store, groups)
         try:
             async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
                 await asyncio.gather(*(actor.__ray_ready__.remote() for actor in [*actors, store]))
@@ -100,7 +116,10 @@ class PoolManager:
         await asyncio.gather(*(self._close(actor) for actor in self.actors))
         for actor in [*self.actors, self.sessions]:
             ray.kill(actor, no_restart=True)
+        for group in self._groups:
+            remove_placement_group(group)
         self.actors = []
+        self._groups = []
 
     async def _close(self, actor: Any) -> None:
         try:

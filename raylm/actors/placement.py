@@ -31,19 +31,26 @@ class Shape:
     Attributes:
         num_cpus: Logical CPUs, a part of one allowed.
         num_gpus: Logical GPUs: `tp`, or 0 for an engine that runs on CPU.
+        grouped: The engine's ranks are Ray actors themselves, one a GPU. The replica then is a placement group, its own
+            actor takes no GPU, and the ranks find theirs in the group.
     """
 
     num_cpus: float
     num_gpus: int = 0
+    grouped: bool = False
 
     def actor_options(self) -> dict[str, Any]:
         """Return the options of the replica's Ray actor. Ray starts it again as often as it dies."""
         return {
             "num_cpus": self.num_cpus,
-            "num_gpus": self.num_gpus,
+            "num_gpus": 0 if self.grouped else self.num_gpus,
             "max_restarts": -1,
             "scheduling_strategy": "SPREAD",
         }
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Return the bundles of the placement group of a grouped replica: its own actor's first, then the ranks'."""
+        return [{"CPU": self.num_cpus}, *({"GPU": 1.0} for _ in range(self.num_gpus))]
 
     def __str__(self) -> str:
         gpus = f"{self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''} and " if self.num_gpus else ""

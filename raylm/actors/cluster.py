@@ -1,0 +1,68 @@
+"""The Ray cluster that this process works on: how to connect to it, and what it consists of."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address
+
+from raylm.actors.placement import Node
+from raylm.errors import PlacementError
+
+_OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def connect(address: str | None) -> bool:
+    """Connect this process to Ray; return False where it was connected already.
+
+    Without an address that is the cluster of `RAY_ADDRESS`, or the one that `ray start` started on this machine. It is
+    not one that another program has started for itself, for that ends with its program.
+
+    Args:
+        address: Address of the cluster; `local` starts one for this process whatever else runs.
+
+    Raises:
+        PlacementError: there is no cluster at the address that was asked for.
+    """
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    asked_for = address or os.environ.get("RAY_ADDRESS")
+    # Ray has no public word for "is there one?", and would try a silent address for many minutes.
+    found = canonicalize_bootstrap_address(address)
+    if found is not None and (asked_for or _answers(found)):
+        if not _answers(found):
+            raise PlacementError(f"no Ray cluster answers at {asked_for}; start one there, or leave the address out")
+        try:
+            ray.init(address=found, **quiet)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"cannot connect to the Ray cluster at {found}: {error}. If it checks tokens, set RAY_AUTH_MODE=token "
+                "before this program starts"
+            ) from error
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    return True
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def nodes() -> list[Node]:
+    """Return the living nodes of the cluster that this process is connected to."""
+    return [
+        Node(node["NodeManagerHostname"], node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
