@@ -1,0 +1,567 @@
+"""What an HTTP server understands, and how a request is said to it. Pure: no I/O.
+
+The same parameter has another name, or none, at each server that speaks OpenAI's protocol. Servers say in their
+`/openapi.json` which fields each route takes; where they say nothing, their kind tells. A parameter that a server would
+pass over in silence is an error here.
+
+    what the request is             where it goes
+    a raw prompt                    /v1/completions
+    ... at lmdeploy 0.18            /generate, which tells the token ids; it takes no seed
+    ... that needs what both lack   /v1/chat/completions with token ids instead of messages (lmdeploy 0.18)
+    messages                        /v1/chat/completions
+    ... at lmdeploy before 0.5      /v1/chat/interactive, stateless: its streams alone tell token counts there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from raylm.errors import InvalidRequestError, ProtocolError, UpstreamError
+from raylm.messages import FinishReason, GenerationConfig, Message, Request
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+INTERACTIVE = "/v1/chat/interactive"
+GENERATE = "/generate"
+ENCODE = "/v1/encode"
+
+Kind = Literal["lmdeploy", "vllm", "sglang", "openai"]
+
+# Taken to be known where a server does not say.
+_OPENAI_FIELDS = frozenset({"max_tokens", "temperature", "top_p", "stop", "seed", "stream_options"})
+_EXTENSIONS: dict[Kind, frozenset[str]] = {
+    "lmdeploy": frozenset({"top_k", "repetition_penalty", "ignore_eos"}),
+    "vllm": frozenset({"top_k", "repetition_penalty", "ignore_eos", "min_tokens"}),
+    "sglang": frozenset({"top_k", "repetition_penalty", "ignore_eos", "min_tokens"}),
+    "openai": frozenset(),
+}
+
+_FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "stop",
+    "function_call": "stop",
+    # Source: text-generation-inference 3, `FinishReason`.
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a server said of itself.
+
+    Attributes:
+        kind: Whose server it is; `openai` when it is none of the others.
+        version: Its version, or "unknown".
+        models: The models that it serves; LoRA adapters are among them.
+        max_context: The first model's limit; None where the server does not tell.
+        paths: Its routes; empty where it does not tell.
+        fields: Fields of a route's body, for routes of which the server tells them.
+    """
+
+    kind: Kind
+    version: str
+    models: tuple[str, ...]
+    max_context: int | None
+    paths: frozenset[str]
+    fields: Mapping[str, frozenset[str]]
+
+    def fields_of(self, path: str) -> frozenset[str]:
+        """Return the fields that a route understands."""
+        known = self.fields.get(path)
+        return _OPENAI_FIELDS | _EXTENSIONS[self.kind] if known is None else known
+
+    @property
+    def interactive(self) -> bool:
+        """Whether messages go to `/v1/chat/interactive`."""
+        return INTERACTIVE in self.paths and CHAT in self.fields and "stream_options" not in self.fields[CHAT]
+
+    @property
+    def takes_token_ids(self) -> bool:
+        """Whether `/v1/chat/completions` takes token ids, and `/v1/encode` gives them."""
+        return ENCODE in self.paths and "input_ids" in self.fields_of(CHAT)
+
+    @property
+    def health_path(self) -> str:
+        """The route that tells whether the server works."""
+        return "/health" if self.kind != "openai" or "/health" in self.paths else "/v1/models"
+
+
+def describe(models: object, openapi: object, version: object) -> Server:
+    """Make sense of what a server said.
+
+    Args:
+        models: Answer of `/v1/models`.
+        openapi: Answer of `/openapi.json`; None when it has none.
+        version: Answer of `/version`; None when it has none.
+
+    Raises:
+        ProtocolError: `models` is no list of models.
+    """
+    try:
+        cards = msgspec.convert(models, _ModelList).data
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"/v1/models is no list of models: {error}") from None
+    if not cards:
+        raise ProtocolError("/v1/models lists no model")
+    owner = cards[0].owned_by
+    kind: Kind = owner if owner in ("lmdeploy", "vllm", "sglang") else "openai"  # type: ignore[assignment]
+    paths, fields = _parse_openapi(openapi)
+    return Server(
+        kind=kind,
+        version=str(version["version"]) if isinstance(version, dict) and "version" in version else "unknown",
+        models=tuple(card.id for card in cards),
+        max_context=cards[0].max_model_len,
+        paths=paths,
+        fields=fields,
+    )
+
+
+class _ModelCard(msgspec.Struct):
+    id: str
+    owned_by: str = ""
+    max_model_len: int | None = None
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_ModelCard]
+
+
+def _parse_openapi(document: object) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
+    """Return the paths, and the fields of each body that has a schema. What is not there, or odd, is passed over."""
+    paths = _get(document, "paths")
+    fields: dict[str, frozenset[str]] = {}
+    for path, operations in paths.items():
+        schema = _get(operations, "post", "requestBody", "content", "application/json", "schema")
+        reference = schema.get("$ref")
+        if isinstance(reference, str):
+            schema = _get(document, *reference.removeprefix("#/").split("/"))
+        if properties := _get(schema, "properties"):
+            fields[path] = frozenset(properties)
+    return frozenset(paths), fields
+
+
+def _get(value: object, *keys: str) -> Mapping[str, Any]:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass
+class Call:
+    """One request as a server understands it.
+
+    Attributes:
+        path: The route.
+        body: What it is sent.
+        skip: Text at the beginning of the answer that the client has already.
+        num_before: Tokens generated before the answer's first one.
+        encode: Text whose token ids are to be put into `body` as `input_ids`; None: nothing is missing.
+    """
+
+    path: str
+    body: dict[str, Any]
+    skip: str = ""
+    num_before: int = 0
+    encode: str | None = None
+
+    def counting(self) -> Call:
+        """Return a call whose answer tells the number of the prompt's tokens, and nothing else worth knowing."""
+        if self.path == INTERACTIVE:
+            shown = {**self.body, "stream": False, "request_output_len": 1}
+        else:
+            dropped = ("stream_options", "min_new_tokens", "min_tokens", "return_logprob", "logprobs")
+            shown = {name: value for name, value in self.body.items() if name not in dropped}
+            shown |= {"stream": False, "max_tokens" if "max_tokens" in shown else "max_completion_tokens": 1}
+        return Call(self.path, shown, encode=self.encode)
+
+
+def plan(server: Server, model: str, request: Request) -> Call:
+    """Say `request` as `server` understands it.
+
+    A raw prompt is continued by adding what was generated. A conversation is continued within its last message where
+    the server does that. Where it does not, the answer is generated again from its start, and `Call.skip` is what the
+    client has of it already.
+
+    Raises:
+        InvalidRequestError: the server cannot honour a parameter; the text names it.
+        UpstreamError: the answer cannot be continued exactly: the server does not continue messages, and a sampled
+            answer is another one each time.
+    """
+    config, generated = request.config, request.generated
+    if request.messages is None:
+        prompt = (request.prompt or "") + (generated.text if generated else "")
+        num_before = generated.num_tokens if generated else 0
+        path = next((path for path in _raw_routes(server, model) if _honours(server, path, config)), COMPLETIONS)
+        body = _parameters(server, path, config, num_before)
+        if path != GENERATE:
+            body["model"] = model
+        if path == CHAT:
+            body["messages"] = []
+        else:
+            body["prompt"] = prompt
+        return Call(path, body, "", num_before, encode=prompt if path == CHAT else None)
+    messages = [_message(message) for message in request.messages]
+    if server.interactive:
+        if generated:
+            _check_repeatable(config)
+        skip = generated.text if generated else ""
+        return Call(INTERACTIVE, {"prompt": messages, **_interactive_parameters(config)}, skip)
+    if generated is None or not generated.num_tokens:
+        return Call(CHAT, {"model": model, "messages": messages, **_parameters(server, CHAT, config, 0)})
+    fields = server.fields_of(CHAT)
+    # Chat templates trim messages, so that a text with white space at its ends would not be continued where it ends.
+    if generated.text == generated.text.strip() != "" and request.messages[-1].role != "assistant":
+        extra: dict[str, bool] | None = None
+        if "continue_final_message" in fields:
+            # Source: vllm 0.11, `ChatCompletionRequest.continue_final_message`.
+            extra = {"continue_final_message": True, "add_generation_prompt": False}
+        elif server.kind == "lmdeploy" and "input_ids" in fields:
+            # Source: lmdeploy 0.18.0, `HFChatTemplate.messages2prompt`: a last message of the assistant stays open.
+            extra = {}
+        if extra is not None:
+            parameters = _parameters(server, CHAT, config, generated.num_tokens)
+            messages.append({"role": "assistant", "content": generated.text})
+            body = {"model": model, "messages": messages, **parameters, **extra}
+            return Call(CHAT, body, "", generated.num_tokens)
+    _check_repeatable(config)
+    body = {"model": model, "messages": messages, **_parameters(server, CHAT, config, 0)}
+    return Call(CHAT, body, generated.text)
+
+
+def _check_repeatable(config: GenerationConfig) -> None:
+    if not config.greedy and config.seed is None:
+        raise UpstreamError(
+            "the answer could not be continued exactly: the server does not continue messages, and a sampled answer "
+            "is another one each time. Set temperature to 0, a seed, or a meta_template, which makes messages one "
+            "raw prompt"
+        )
+
+
+def _message(message: Message) -> dict[str, str]:
+    shown = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        shown["name"] = message.name
+    return shown
+
+
+def _raw_routes(server: Server, model: str) -> Iterator[str]:
+    """Yield the routes that take a raw prompt, the one that tells most first."""
+    # sglang has a route of this name for something else. Adapters cannot be named there.
+    if server.kind == "lmdeploy" and "return_logprob" in server.fields_of(GENERATE) and model == server.models[0]:
+        yield GENERATE
+    yield COMPLETIONS
+    if server.takes_token_ids:
+        yield CHAT
+
+
+def _honours(server: Server, path: str, config: GenerationConfig) -> bool:
+    """Return whether a route can do what not every route of a server can."""
+    fields = server.fields_of(path)
+    return (
+        (not config.min_new_tokens or not fields.isdisjoint({"min_new_tokens", "min_tokens"}))
+        and (not config.logprobs or _tells_logprobs(path, fields))
+        and (config.seed is None or config.greedy or "seed" in fields)
+    )
+
+
+def _tells_logprobs(path: str, fields: frozenset[str]) -> bool:
+    # They belong to token ids, so a route that does not tell those is of no use.
+    return (path == GENERATE or "return_token_ids" in fields) and not fields.isdisjoint({"return_logprob", "logprobs"})
+
+
+def _parameters(server: Server, path: str, config: GenerationConfig, num_before: int) -> dict[str, Any]:
+    """Return `config` as fields of a route's body."""
+    fields = server.fields_of(path)
+    limit = "max_tokens" if "max_tokens" in fields else "max_completion_tokens"
+    body: dict[str, Any] = {"stream": True, limit: config.max_new_tokens - num_before}
+
+    def refuse(parameter: str, neutral: str) -> None:
+        raise InvalidRequestError(
+            f"{parameter}: the server's {path} cannot honour it; set it to {neutral}, or use another engine"
+        )
+
+    if config.greedy and server.kind == "lmdeploy" and "top_k" in fields:
+        # How lmdeploy itself asks for it; not each of its versions takes a temperature of 0.
+        body |= {"top_k": 1, "temperature": 1.0, "top_p": 1.0}
+    elif config.greedy:
+        body |= {"temperature": 0.0, "top_p": 1.0}
+    else:
+        body |= {"temperature": config.temperature, "top_p": config.top_p}
+        if "top_k" in fields:
+            unlimited = 0 if server.kind == "lmdeploy" else -1
+            body["top_k"] = unlimited if config.top_k is None else config.top_k
+        elif config.top_k is not None:
+            refuse("top_k", "None")
+        if config.seed is not None:
+            if "seed" not in fields:
+                refuse("seed", "None")
+            # A continued answer goes on with other random numbers, not with those of its beginning again.
+            body["seed"] = (config.seed + num_before) % (1 << 63)
+    if "repetition_penalty" in fields:
+        body["repetition_penalty"] = config.repetition_penalty
+    elif config.repetition_penalty != 1:
+        refuse("repetition_penalty", "1.0")
+    if config.ignore_eos:
+        if "ignore_eos" not in fields:
+            refuse("ignore_eos", "False")
+        body["ignore_eos"] = True
+    if (min_new_tokens := config.min_new_tokens - num_before) > 0:
+        names = [name for name in ("min_new_tokens", "min_tokens") if name in fields]
+        if not names:
+            refuse("min_new_tokens", "0")
+        body[names[0]] = min_new_tokens
+    if config.stop_words:
+        body["stop"] = list(config.stop_words)
+    if "return_token_ids" in fields:
+        body["return_token_ids"] = True
+    if config.logprobs:
+        if not _tells_logprobs(path, fields):
+            refuse("logprobs", "False")
+        if "return_logprob" in fields:
+            body["return_logprob"] = True
+        else:
+            body["logprobs"] = True if path == CHAT else 1
+    if "stream_options" in fields:
+        body["stream_options"] = {"include_usage": True}
+        if server.kind in ("vllm", "sglang"):
+            body["stream_options"]["continuous_usage_stats"] = True
+    return body
+
+
+def _interactive_parameters(config: GenerationConfig) -> dict[str, Any]:
+    """Return `config` as lmdeploy before 0.5 takes it.
+
+    Source: lmdeploy 0.4, `lmdeploy.serve.openai.protocol.GenerateRequest`.
+    """
+    for parameter, value, neutral in (
+        ("seed", config.seed if not config.greedy else None, None),
+        ("min_new_tokens", config.min_new_tokens, 0),
+        ("logprobs", config.logprobs, False),
+    ):
+        if value != neutral:
+            raise InvalidRequestError(
+                f"{parameter}: the server's {INTERACTIVE} cannot honour it; set it to {neutral}, or use a newer server"
+            )
+    return {
+        "session_id": -1,
+        "interactive_mode": False,
+        "stream": True,
+        "request_output_len": config.max_new_tokens,
+        "top_k": 1 if config.greedy else config.top_k or 0,
+        "temperature": 1.0 if config.greedy else config.temperature,
+        "top_p": 1.0 if config.greedy else config.top_p,
+        "repetition_penalty": config.repetition_penalty,
+        "ignore_eos": config.ignore_eos,
+        "stop": list(config.stop_words) or None,
+    }
+
+
+class TokenCounts(msgspec.Struct):
+    """`usage` of an answer, as far as a server tells.
+
+    Attributes:
+        prompt_tokens: Of the prompt that was sent.
+        completion_tokens: Generated for this call so far; 0 where the server does not tell.
+        prompt_tokens_details: Has the number of them that a cache held.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptTokensDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """How many of the prompt's tokens a cache held; None where the server does not tell."""
+        return None if self.prompt_tokens_details is None else self.prompt_tokens_details.cached_tokens
+
+
+class _PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _TokenLogprob(msgspec.Struct):
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float | None] | None = None
+    content: list[_TokenLogprob] | None = None
+
+
+class _Text(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Text | None = None
+    finish_reason: str | None = None
+    output_ids: list[int] | None = None  # lmdeploy's name
+    token_ids: list[int] | None = None  # vllm's name
+    output_token_logprobs: list[tuple[float, int]] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: TokenCounts | None = None
+    error: Any = None
+    object: str | None = None
+
+
+class _Line(msgspec.Struct):
+    text: str = ""
+    tokens: int = 0
+    input_tokens: int = 0
+    finish_reason: str | None = None
+    error: Any = None
+    object: str | None = None
+
+
+class _FinishReason(msgspec.Struct):
+    type: str
+
+
+class MetaInfo(msgspec.Struct, frozen=True):
+    """What `/generate` of lmdeploy tells beside the text: counts so far, and what came with this event."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: _FinishReason | None = None
+    output_token_logprobs: list[tuple[float, int]] | None = None
+
+
+class _Generated(msgspec.Struct):
+    text: str = ""
+    output_ids: list[int] | None = None
+    meta_info: MetaInfo = MetaInfo()
+    error: Any = None
+    object: str | None = None
+
+
+class Piece(msgspec.Struct, gc=False):
+    """What one event of an answer says.
+
+    Attributes:
+        text: New text.
+        num_tokens: How many tokens that probably is, for servers that do not tell.
+        token_ids: Ids of the new tokens, or empty.
+        logprobs: Log-probability of each of `token_ids`, or empty.
+        finish_reason: Set on the last piece with text.
+        usage: Token counts so far.
+    """
+
+    text: str = ""
+    num_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    finish_reason: FinishReason | None = None
+    usage: TokenCounts | None = None
+
+
+class ErrorEventError(Exception):
+    """An event is an error object.
+
+    Args:
+        body: The object, as JSON.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self.body = body
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+_decode_line = msgspec.json.Decoder(_Line).decode
+_decode_generated = msgspec.json.Decoder(_Generated).decode
+
+
+def read_event(data: bytes) -> Piece:
+    """Return what an event of `/v1/completions` or `/v1/chat/completions` says.
+
+    Raises:
+        ErrorEventError: it is an error object.
+        ProtocolError: it is none of the kind.
+        UpstreamError: it says that the generation failed.
+    """
+    event = _decode(_decode_event, data)
+    if not event.choices:
+        return Piece(usage=event.usage)
+    choice = event.choices[0]
+    text = (choice.text if choice.delta is None else choice.delta.content) or ""
+    # A part of a character has no text yet. In a chat, an event without text is more likely to tell the role.
+    is_token = bool(text) or (choice.delta is None and choice.finish_reason is None)
+    piece = Piece(text, int(is_token), usage=event.usage)
+    if token_ids := choice.output_ids or choice.token_ids:
+        piece.token_ids = token_ids
+        piece.logprobs = _logprobs(choice.output_token_logprobs, choice.logprobs, len(token_ids))
+    if choice.finish_reason is not None:
+        piece.finish_reason = _finish_reason(choice.finish_reason)
+    return piece
+
+
+def read_line(data: bytes) -> Piece:
+    """Return what a line of `/v1/chat/interactive` says. Raises as `read_event` does."""
+    line = _decode(_decode_line, data)
+    usage = TokenCounts(line.input_tokens, line.tokens)
+    return Piece(line.text, usage=usage, finish_reason=_finish_reason(line.finish_reason))
+
+
+def read_generated(data: bytes) -> Piece:
+    """Return what an event of `/generate` says. Raises as `read_event` does."""
+    event = _decode(_decode_generated, data)
+    meta, token_ids = event.meta_info, event.output_ids or ()
+    piece = Piece(event.text, token_ids=token_ids, usage=TokenCounts(meta.prompt_tokens, meta.completion_tokens))
+    piece.logprobs = _logprobs(meta.output_token_logprobs, None, len(token_ids))
+    if meta.finish_reason is not None:
+        piece.finish_reason = _finish_reason(meta.finish_reason.type)
+    return piece
+
+
+READERS: Mapping[str, Callable[[bytes], Piece]] = {
+    CHAT: read_event,
+    COMPLETIONS: read_event,
+    GENERATE: read_generated,
+    INTERACTIVE: read_line,
+}
+"""How the events of each route are read."""
+
+
+def _decode(decode: Any, data: bytes) -> Any:
+    try:
+        message = decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the server sent an event that is no answer ({error}): {data[:200]!r}") from None
+    if message.object == "error" or message.error:
+        raise ErrorEventError(data)
+    return message
+
+
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    if reason is None:
+        return None
+    known = _FINISH_REASONS.get(reason)
+    if known is None:
+        raise UpstreamError(f"the server ended the generation with {reason!r}; look into its log")
+    return known
+
+
+def _logprobs(pairs: Sequence[tuple[float, int]] | None, told: _Logprobs | None, num_tokens: int) -> Sequence[float]:
+    if pairs is not None:
+        found: list[float | None] = [logprob for logprob, _ in pairs]
+    elif told is None:
+        return ()
+    elif told.token_logprobs is not None:
+        found = told.token_logprobs
+    else:
+        found = [token.logprob for token in told.content or ()]
+    logprobs = [logprob for logprob in found if logprob is not None]
+    if len(logprobs) != num_tokens:
+        raise ProtocolError(f"the server sent {len(logprobs)} log-probabilities for {num_tokens} tokens")
+    return logprobs
