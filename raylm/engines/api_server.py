@@ -1,0 +1,502 @@
+"""APIServerEngine: lmdeploy's own api_server as a child process, and an HTTP client of it.
+
+What keeps the child from outliving this process is in `api_server_child.py`; how it is talked to, in `http.py`. Here it
+is started, watched, started again, and stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from raylm.config import APIServerConfig, HTTPConfig
+from raylm.engines.api_server_child import Command
+from raylm.engines.base import Emit
+from raylm.engines.http import HTTPEngine
+from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
+from raylm.messages import EngineInfo, EngineStatistics, Request
+from raylm.models import BUILTIN_MODELS, cache_folder, max_context, model_name, resolve
+
+_POLL_S = 0.1  # between two looks at whether a starting server listens
+_PING_S = 2.0  # between two health checks of a running one
+_HANG_S = 20.0  # without a good answer after which it is taken to hang
+_STOP_S = 5.0  # for it to end in order
+
+_RESTART_S = 1.0  # before the first start after a death, twice that before the next
+_MAX_DEATHS = 2  # within `_DEATHS_S`: this one dies for a reason that a start does not cure
+_DEATHS_S = 300.0
+
+_CPU_BATCH_SIZE = 32  # what lmdeploy takes where none is set. Source: `lmdeploy_cpu`
+_CUDA_BATCH_SIZE = 128  # ... on the smaller GPUs. Source: lmdeploy 0.18.0, `lmdeploy.utils.get_max_batch_size`
+
+_MAX_LOGS = 20
+_LOG_BYTES = 1 << 18  # of the log's end that are looked at for an error message
+_TAIL_CHARS = 1500  # of it that are shown
+_ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", re.MULTILINE)  # with which a traceback ends
+
+_USAGE_STATUS = 2  # with which argparse ends a process
+_MODULES = {"cuda": "lmdeploy", "cpu": "raylm.engines.lmdeploy_cpu"}
+
+_log = logging.getLogger(__name__)
+
+
+class _Server:
+    """One process of the server, from its launch to its end.
+
+    Attributes:
+        url: Where it listens, or will.
+        log: Where it writes what it has to say.
+        client: Talks to it; None until it is ready.
+    """
+
+    def __init__(self, supervisor: asyncio.subprocess.Process, pid: int, url: str, log: Path) -> None:
+        self._supervisor = supervisor
+        self._pid = pid
+        self.url = url
+        self.log = log
+        self.client: HTTPEngine | None = None
+        self.ended = asyncio.create_task(supervisor.wait())
+
+    @classmethod
+    async def launch(cls, command: Command, url: str, log: Path) -> _Server:
+        """Start the processes."""
+        with log.open("ab") as output:
+            supervisor = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # this process's sys.path, below, is all there is to it
+                "-m",
+                "raylm.engines.api_server_child",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=output,
+                env={
+                    "UVICORN_LOG_LEVEL": "warning",  # not a line a request
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+                },
+                start_new_session=True,  # Ctrl-C at a terminal is for this process
+            )
+        if supervisor.stdin is None or supervisor.stdout is None:
+            raise AssertionError("unreachable: both are pipes")
+        try:
+            supervisor.stdin.write(msgspec.json.encode(command) + b"\n")
+            pid = int(await supervisor.stdout.readline() or 0)
+        except BaseException:
+            supervisor.stdin.close()
+            raise
+        return cls(supervisor, pid, url, log)
+
+    @property
+    def status(self) -> str:
+        """How it ended, for people."""
+        code = self.ended.result() if self.ended.done() else 0
+        return f"signal {signal.Signals(code - 128).name}" if code > 128 else f"status {code}"
+
+    @property
+    def last_words(self) -> str:
+        """The errors in its log and the log's end, and where it is."""
+        text = self.log.read_bytes()[-_LOG_BYTES:].decode(errors="replace").strip()
+        if not text:
+            return f"Its log, {self.log}, is empty"
+        # The cause comes first: lmdeploy's engine dies in a process of its own, and the server of that afterwards.
+        errors = "\n".join(dict.fromkeys(_ERROR_LINE.findall(text)))[:_TAIL_CHARS]
+        return f"Errors in its log, {self.log}:\n{errors or 'none'}\nThe end of it:\n{text[-_TAIL_CHARS:]}"
+
+    async def stop(self, *, in_order: bool) -> None:
+        """End it and all that it started, and wait until nothing is left.
+
+        Args:
+            in_order: Ask it first, and give it some seconds.
+        """
+        if in_order and not self.ended.done() and self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
+            await asyncio.wait([self.ended], timeout=_STOP_S)
+        if self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()  # upon which the supervisor kills the group
+        await asyncio.wait([self.ended])
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)  # if the supervisor was killed before it could
+        if self.client is not None:
+            await self.client.close()
+
+
+class APIServerEngine:
+    """Runs `lmdeploy serve api_server`, and generates with it over HTTP. What `HTTPEngine` says holds here.
+
+    Anybody else may talk to the server, too, at `server_name` and `server_port`. With port 0 it gets a free one on
+    127.0.0.1, so that several fit on one node.
+
+    A server that dies or hangs is killed with all its processes and started again, with back-off; requests that it was
+    working on fail with UpstreamError, and a pool takes them elsewhere. If it dies again within five minutes, or cannot
+    be started again, the engine is lost: ActorLostError, and its actor is replaced. So a prompt that kills servers is
+    found out by the pool, and a GPU that went bad is not tried for ever.
+
+    Args:
+        config: Model, resources and address.
+
+    Source: lmdeploy 0.18.0, `lmdeploy.cli.serve`.
+    """
+
+    def __init__(self, config: APIServerConfig) -> None:
+        self._config = config
+        self._server: _Server | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._command: Command | None = None
+        self._context: int | None = None
+        # Why nothing can be asked of the engine now; None when it works. Raised as a copy.
+        self._down: RaylmError | None = _not_running()
+        self._num_tokens = 0  # of servers that are gone
+
+    async def start(self) -> EngineInfo:
+        """Start the server and wait until it is healthy. See `engines.base.Engine.start`.
+
+        A server that dies or takes longer than `start_timeout_s` is killed and launched again, `start_attempts` times
+        in all, each with a log of its own.
+
+        Raises:
+            InvalidRequestError: the server's command line has no such option, or not with that value.
+            EngineStartError: no such model, no lmdeploy, the port is taken, or the server does not become healthy.
+        """
+        config = self._config
+        try:
+            lmdeploy_version = version("lmdeploy")
+        except PackageNotFoundError as error:
+            raise EngineStartError("lmdeploy is not installed; pip install 'raylm[lmdeploy]'") from error
+        path = await asyncio.to_thread(resolve, config.path)
+        if path.is_file() and config.path not in BUILTIN_MODELS:
+            raise EngineStartError(
+                f"lmdeploy reads no GGUF file, which {path} is; give the folder or hub id of the model that it was "
+                "made from"
+            )
+        self._context = config.session_len or await asyncio.to_thread(max_context, path)
+        self._command = Command(_MODULES[config.device], str(path), arguments(config))
+        server, info = await self._start_server()
+        self._run(server)
+        backend = "pytorch" if config.device == "cpu" else config.backend
+        return msgspec.structs.replace(
+            info,
+            engine="api_server",
+            engine_version=lmdeploy_version,
+            device=f"{backend} on {config.device}{f', tp {config.tp}' if config.tp > 1 else ''}, at {server.url}",
+        )
+
+    def _run(self, server: _Server) -> None:
+        self._server = server
+        self._down = None
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+
+    async def _start_server(self) -> tuple[_Server, EngineInfo]:
+        """Return a server that is healthy, after up to `start_attempts` launches."""
+        attempts = self._config.start_attempts
+        for attempt in range(1, attempts + 1):
+            try:
+                return await self._attempt()
+            except EngineStartError as error:
+                if attempt == attempts:
+                    raise
+                _log.warning("attempt %d of %d to start the api_server failed: %s", attempt, attempts, error)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _attempt(self) -> tuple[_Server, EngineInfo]:
+        """Launch a server and wait until it is healthy."""
+        config, command = self._config, self._command
+        if command is None:
+            raise AssertionError("unreachable: start sets it")
+        host, port = listen_address(config)
+        where = ["--server-name", host, "--server-port", str(port)]
+        reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+        server = await _Server.launch(
+            msgspec.structs.replace(command, arguments=[*command.arguments, *where]),
+            f"http://{reachable}:{port}",
+            await asyncio.to_thread(new_log, port),
+        )
+        try:
+            async with asyncio.timeout(config.start_timeout_s):
+                return server, await self._ready(server)
+        except TimeoutError:
+            await server.stop(in_order=False)
+            raise EngineStartError(
+                f"the api_server was not healthy within {config.start_timeout_s:g} s; raise start_timeout_s, or take "
+                f"a smaller model. {server.last_words}"
+            ) from None
+        except BaseException:
+            await server.stop(in_order=False)
+            raise
+
+    async def _ready(self, server: _Server) -> EngineInfo:
+        """Return what a server says of itself, once it is healthy."""
+        config = self._config
+        address = server.url.removeprefix("http://")
+        host, _, port = address.rpartition(":")
+        while not await _listens(host.strip("[]"), int(port)):
+            self._check_alive(server)
+            await asyncio.sleep(_POLL_S)
+        server.client = HTTPEngine(
+            HTTPConfig(
+                url=server.url,
+                model_name=config.model_name or model_name(config.path),
+                api_key=config.api_key,
+                capacity=config.max_batch_size or (_CPU_BATCH_SIZE if config.device == "cpu" else _CUDA_BATCH_SIZE),
+                max_context=self._context,
+            )
+        )
+        info = await server.client.start()
+        while True:
+            self._check_alive(server)
+            try:
+                await server.client.check_health()
+            except UpstreamError:
+                await asyncio.sleep(_POLL_S)
+            else:
+                return info
+
+    def _check_alive(self, server: _Server) -> None:
+        if not server.ended.done():
+            return
+        if server.ended.result() == _USAGE_STATUS:
+            raise InvalidRequestError(
+                "the command line of lmdeploy's api_server refuses an option; `lmdeploy serve api_server --help` lists "
+                f"those it knows. {server.last_words}"
+            )
+        raise EngineStartError(
+            f"the api_server ended with {server.status} while it started; check that the model is complete, and that "
+            f"there is memory for it and for its KV cache. {server.last_words}"
+        )
+
+    async def _watch(self) -> None:
+        """Keep a server running, until it is of no use."""
+        deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
+        while self._server is not None:
+            server = self._server
+            what = await self._trouble(server)
+            deaths.append(time.monotonic())
+            self._down = UpstreamError(f"the api_server {what}; it is being started again")
+            _log.error("the api_server %s; it is started again. %s", what, server.last_words)
+            await self._stop_server()
+            if len(deaths) == _MAX_DEATHS and deaths[-1] - deaths[0] < _DEATHS_S:
+                self._down = ActorLostError(
+                    f"the api_server {what}, for the second time in {deaths[-1] - deaths[0]:.0f} s; its actor is "
+                    f"replaced. {server.last_words}"
+                )
+                return
+            await asyncio.sleep(_RESTART_S)
+            try:
+                server, _ = await self._start_server()
+            except RaylmError as error:
+                self._down = ActorLostError(f"the api_server {what}, and does not start again: {error}")
+                return
+            self._run(server)
+
+    async def _trouble(self, server: _Server) -> str:
+        """Wait until a server is dead or hangs; return which."""
+        client = server.client
+        if client is None:
+            raise AssertionError("unreachable: a server that runs has a client")
+        good_at = time.monotonic()
+        while True:
+            await asyncio.wait([server.ended], timeout=_PING_S)
+            if server.ended.done():
+                return f"ended with {server.status}"
+            try:
+                async with asyncio.timeout(_HANG_S):
+                    await client.check_health()
+                good_at = time.monotonic()
+            except (UpstreamError, TimeoutError) as error:
+                if time.monotonic() - good_at > _HANG_S:
+                    return f"gave no sign of health for {_HANG_S:g} s ({error or 'silence'})"
+
+    async def generate(self, request: Request, emit: Emit) -> None:
+        """Generate one request. See `HTTPEngine.generate`.
+
+        Raises:
+            ActorLostError: the server has died for good.
+        """
+        await self._client().generate(request, emit)
+
+    async def check_health(self) -> None:
+        """Return when the server says that it works.
+
+        Raises:
+            ActorLostError: the server has died for good.
+            UpstreamError: it does not work, or is being started again.
+            EngineError: the engine has not started, or was closed.
+        """
+        await self._client().check_health()
+
+    def statistics(self) -> EngineStatistics:
+        """Return the load."""
+        client = self._server.client if self._server is not None else None
+        if client is None:
+            return EngineStatistics(num_running=0, num_tokens=self._num_tokens)
+        current = client.statistics()
+        return msgspec.structs.replace(current, num_tokens=current.num_tokens + self._num_tokens)
+
+    async def close(self) -> None:
+        """Stop the server. Requests that still run fail with EngineError."""
+        self._down = _not_running()
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait([watching])
+        if self._server is not None and self._server.client is not None:
+            await self._server.client.close()
+        await self._stop_server(in_order=True)
+
+    async def _stop_server(self, *, in_order: bool = False) -> None:
+        server = self._server
+        if server is not None:
+            await server.stop(in_order=in_order)
+            if server.client is not None:
+                self._num_tokens += server.client.statistics().num_tokens
+            self._server = None
+
+    def _client(self) -> HTTPEngine:
+        if self._down is not None:
+            raise type(self._down)(self._down.message)  # a copy: an exception collects the traceback of each raise
+        if self._server is None or self._server.client is None:
+            raise AssertionError("unreachable: an engine that is not down has a server with a client")
+        return self._server.client
+
+
+def arguments(config: APIServerConfig) -> list[str]:
+    """Return the arguments of `lmdeploy serve api_server`, without model and address.
+
+    Raises:
+        InvalidRequestError: an option has a setting of its own.
+    """
+    on_cpu = config.device == "cpu"
+    backend = "pytorch" if on_cpu else config.backend
+    named: dict[str, Any] = {
+        "backend": backend,
+        "device": "cpu" if on_cpu else None,
+        "model_name": config.model_name or model_name(config.path),
+        "tp": config.tp,
+        "session_len": config.session_len,
+        "max_batch_size": config.max_batch_size,
+        "cache_max_entry_count": config.cache_max_entry_count,
+        "quant_policy": config.quant_policy or None,
+        "dtype": config.dtype,
+        "model_format": config.model_format,
+        "enable_prefix_caching": config.prefix_caching,
+        "api_keys": config.api_key,
+    }
+    if taken := sorted({*named, "server_name", "server_port"} & config.options.keys()):
+        raise InvalidRequestError(f"options: {', '.join(taken)} has a setting of its own; set that")
+    if backend == "pytorch" and config.tp > 1 and not on_cpu:
+        # Its default, Ray, would ask this actor's cluster for GPUs that this actor holds.
+        named["distributed_executor_backend"] = "mp"
+    found = []
+    for name, value in {**named, **config.options}.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            found.append(flag)
+        elif isinstance(value, dict):
+            found += [flag, msgspec.json.encode(value).decode()]
+        elif isinstance(value, list | tuple):
+            found += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            found += [flag, str(value)]
+    return found
+
+
+def listen_address(config: APIServerConfig) -> tuple[str, int]:
+    """Return where the server is to listen.
+
+    Raises:
+        EngineStartError: the port is taken; the text says by whom.
+    """
+    host, port = config.server_name, config.server_port
+    if port == 0 and host == "0.0.0.0":  # noqa: S104
+        host = "127.0.0.1"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise EngineStartError(
+                f"the api_server cannot listen on {host}:{port} ({error.strerror}){_holder(port)}; end that, or set "
+                "server_port to another one, or to 0 for any that is free"
+            ) from error
+        return host, int(listener.getsockname()[1])
+
+
+def _holder(port: int) -> str:
+    """Return who listens on a port, as far as /proc lets this process see."""
+    inodes = {f"socket:[{inode}]" for number, inode in _listeners() if number == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            if any(_link(entry) in inodes for entry in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f": process {process.name} does, {command[:200]}"
+    return ": a process does that this user may not look at" if inodes else ""
+
+
+def _link(entry: Path) -> str:
+    try:
+        return str(entry.readlink())
+    except OSError:
+        return ""  # closed since the folder was read
+
+
+def _listeners() -> Iterator[tuple[int, str]]:
+    """Yield port and socket inode of everything that listens. Source: proc(5), /proc/net/tcp."""
+    listen = "0A"
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        if table.exists():
+            for row in table.read_text().splitlines()[1:]:
+                columns = row.split()
+                if columns[3] == listen:
+                    yield int(columns[1].rpartition(":")[2], 16), columns[9]
+
+
+async def _listens(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+def new_log(port: int) -> Path:
+    """Return an empty file for a server's log. The oldest ones are removed.
+
+    Raises:
+        EngineStartError: the cache folder cannot be written.
+    """
+    folder = cache_folder() / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now // 10**9))
+        log = folder / f"api_server-{stamp}.{now % 10**9:09d}-port-{port}.log"
+        log.touch(mode=0o600, exist_ok=False)
+        for old in sorted(folder.glob("api_server-*.log"))[:-_MAX_LOGS]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise EngineStartError(f"cannot keep a log in {folder}: {error}; set RAYLM_CACHE to a folder") from error
+    return log
+
+
+def _not_running() -> EngineError:
+    return EngineError("the engine is not running: it has not started, or was closed; start it")
