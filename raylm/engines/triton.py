@@ -1,0 +1,618 @@
+"""TritonEngine: a client of a Triton Inference Server, over gRPC.
+
+One connection for each engine, one call for each request. Which of the dialects in `triton_dialects` a model speaks is
+found from its inputs, not from its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc.aio import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+from raylm.config import TritonConfig
+from raylm.engines.base import Emit
+from raylm.engines.triton_dialects import (
+    TURBOMIND,
+    CallFailedError,
+    Dialect,
+    Model,
+    Outputs,
+    TextOutput,
+    Values,
+    describe,
+    dialect_of,
+    estimate_tokens,
+)
+from raylm.engines.triton_turbomind import BUSY, CONFLICT, TOO_LONG, Take, TurboMind, failure_code
+from raylm.errors import (
+    AuthenticationError,
+    ContextLengthError,
+    EngineError,
+    EngineStartError,
+    InvalidRequestError,
+    ProtocolError,
+    RaylmError,
+    RequestTimeoutError,
+    SessionBusyError,
+    UpstreamError,
+)
+from raylm.messages import Delta, EngineInfo, EngineStatistics, Request, Usage
+
+_CALL_TIMEOUT_S = 5.0  # of calls that need no generation
+_RETRY_S = 0.25  # between two looks for a server that is down
+_CLOSE_S = 1.0  # for what gRPC leaves behind; calls of other engines may be among it
+_DRAIN_S = 2.0  # for the server to end a call after the last delta
+
+_CHANNEL = [
+    # These replace tritonclient's own, which let messages be as long as they like.
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    # gRPC's own pause grows to two minutes; a server that is back must be found at once.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Engines in one process do not share a connection, nor the pauses of one that failed.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+STATUSES: dict[str, type[RaylmError]] = {
+    "OK": ProtocolError,
+    "CANCELLED": UpstreamError,
+    "UNKNOWN": UpstreamError,
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "DEADLINE_EXCEEDED": RequestTimeoutError,
+    "NOT_FOUND": UpstreamError,  # the model is not loaded, which is not the caller's fault
+    "ALREADY_EXISTS": InvalidRequestError,
+    "PERMISSION_DENIED": AuthenticationError,
+    "RESOURCE_EXHAUSTED": UpstreamError,
+    "FAILED_PRECONDITION": InvalidRequestError,
+    "ABORTED": UpstreamError,
+    "OUT_OF_RANGE": InvalidRequestError,
+    "UNIMPLEMENTED": ProtocolError,
+    "INTERNAL": UpstreamError,
+    "UNAVAILABLE": UpstreamError,
+    "DATA_LOSS": UpstreamError,
+    "UNAUTHENTICATED": AuthenticationError,
+}
+"""The error for each gRPC status, by name."""
+
+_TOO_LONG = re.compile(
+    r"longer than the maximum model length|maximum context length|sum of prompt length"
+    r"|exceeds? (the )?(maximum|max) (input|sequence|model|context)"
+    r"|should be less than max_(num_tokens|seq_len|input_len)",
+    re.IGNORECASE,
+)
+_WRONG_TENSORS = re.compile(
+    r"unexpected inference input|unexpected shape for input|inference input '.*' data-type|expected number of inputs"
+    r"|missing required input|batch-size must be",
+    re.IGNORECASE,
+)
+_TLS = re.compile(r"ssl|tls|certificate|handshake", re.IGNORECASE)
+"""What servers and gRPC say, because an error in a stream has no status.
+
+Source: vLLM 0.10, TensorRT-LLM 1.2, Triton 2.51, gRPC 1.85.
+"""
+
+
+class _Watch:
+    """Cancels a call when nothing was heard for too long.
+
+    Args:
+        call: What `stream_infer` returned.
+        limit_s: How long that is.
+
+    Attributes:
+        heard_at: When the last response came, on the loop's clock. One timer looks at it now and then: a timer for each
+            token would cost more than the token.
+        expired: It was cancelled.
+    """
+
+    __slots__ = ("_call", "_limit_s", "_loop", "_timer", "expired", "heard_at")
+
+    def __init__(self, call: Any, limit_s: float) -> None:
+        self._call = call
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
+        self.expired = False
+        self._timer = self._loop.call_later(limit_s, self._look)
+
+    def _look(self) -> None:
+        left_s = self.heard_at + self._limit_s - self._loop.time()
+        if left_s > 0.001:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._expire()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._call.cancel()
+
+    def end_in(self, limit_s: float) -> None:
+        """Cancel the call after this time, whatever is heard."""
+        self._timer.cancel()
+        self._timer = self._loop.call_later(limit_s, self._expire)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._timer.cancel()
+        self._call = None
+
+
+class TritonEngine:
+    """Generates on a Triton Inference Server.
+
+    A server counts tokens where its model can be asked to; see `triton_dialects.TextOutput` for where it cannot. With
+    TurboMind all counts are exact, and deltas have token ids.
+
+    Server and model are found again after an outage; that they are the same is taken for granted. A decoupled model is
+    asked for a stream. Of one that is not, the one response has to come within `idle_timeout_s`.
+
+    Args:
+        config: Address, model and limits.
+
+    Source: tritonclient 2.73, `tritonclient.grpc.aio.InferenceServerClient`.
+    """
+
+    def __init__(self, config: TritonConfig) -> None:
+        self._config = config
+        self._client: InferenceServerClient | None = None
+        # Why nothing can be asked of the engine now; None when it works. Raised as a copy.
+        self._down: EngineError | None = EngineError("the engine has not started; call start first")
+        self._model: Model | None = None
+        self._dialect: Dialect | None = None  # None: TurboMind
+        self._turbomind: TurboMind | None = None
+        self._session_len = config.session_len
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._num_tokens = 0
+
+    async def start(self) -> EngineInfo:
+        """Connect, and find out what the model is. See `engines.base.Engine.start`.
+
+        After a failure it may be called again. Waits up to `start_timeout_s` for the server, and for a model that is
+        being loaded.
+
+        Raises:
+            EngineStartError: no server, another kind of encryption, no such model, or none that generates text.
+        """
+        config = self._config
+        await self._disconnect()
+        try:
+            # One for each event loop, made while the loop runs: it belongs to that loop.
+            self._client = InferenceServerClient(
+                config.address,
+                ssl=config.ssl,
+                root_certificates=config.ca_file,
+                private_key=config.key_file,
+                certificate_chain=config.certificate_file,
+                channel_args=_CHANNEL,
+            )
+        except OSError as error:
+            raise EngineStartError(
+                f"cannot read a file for TLS: {error}; look at ca_file, key_file and certificate_file"
+            ) from error
+        try:
+            version = await self._find_server()
+            dialect = await self._find_model()
+        except CallFailedError as error:
+            await self._disconnect()
+            raise EngineStartError(f"{self._where()} failed while it was asked about its models: {error}") from error
+        except BaseException:
+            await self._disconnect()
+            raise
+        self._down = None
+        return EngineInfo(
+            engine="triton",
+            engine_version=version,
+            model=config.model_name,
+            max_context=self._session_len,
+            capacity=config.capacity,
+            device=f"triton {dialect} at {config.address}",
+        )
+
+    async def generate(self, request: Request, emit: Emit) -> None:
+        """Generate one request. See `engines.base.Engine.generate`.
+
+        Raises:
+            InvalidRequestError: the request is wrong, or its model cannot honour a parameter; the text names it.
+            ContextLengthError: the prompt leaves no room for a token.
+            UpstreamError: the server is down, or failed.
+            ProtocolError: the server's answer makes no sense.
+            RequestTimeoutError: the server was silent for `idle_timeout_s`.
+            AuthenticationError: the server does not let this client in.
+            EngineError: the engine has not started, or was closed.
+        """
+        self._check_up()
+        _check(request)
+        told = request.generated.num_tokens if request.generated else 0
+
+        def count(delta: Delta) -> None:
+            nonlocal told
+            self._num_tokens += delta.num_tokens - told
+            told = delta.num_tokens
+            emit(delta)
+
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            if self._turbomind is not None:
+                await self._turbomind.generate(request, count)
+            else:
+                await self._generate_text(request, count)
+        except CallFailedError as error:
+            raise self._mapped(error) from None
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+    async def check_health(self) -> None:
+        """Return when the server is live and the model ready.
+
+        A server that is down is no reason to replace this engine's actor.
+
+        Raises:
+            UpstreamError: it is not.
+            EngineError: the engine has not started, or was closed.
+        """
+        self._check_up()
+        models = self._turbomind.models if self._turbomind is not None else (self._model,)
+        try:
+            if not await self._control("is_server_live"):
+                raise UpstreamError(f"{self._where()} says that it is not live; look at its log")
+            for model in models:
+                if model is not None and not await self._control("is_model_ready", model.name):
+                    raise UpstreamError(f"{self._where()} has not loaded the model {model.name!r}; load it")
+        except CallFailedError as error:
+            raise UpstreamError(str(self._mapped(error))) from None
+
+    def statistics(self) -> EngineStatistics:
+        """Return the load that this engine puts on the server."""
+        return EngineStatistics(num_running=self._num_running, num_tokens=self._num_tokens)
+
+    async def close(self) -> None:
+        """End the connection, and the conversations that the server keeps. What is running fails with EngineError."""
+        if self._turbomind is not None and self._down is None:
+            await self._turbomind.close()
+        self._down = EngineError("the engine was closed; start another one")
+        await self._disconnect()
+        await self._idle.wait()
+        # gRPC has a task for each call, which ends a moment after the call was closed.
+        rest = [task for task in asyncio.all_tasks() if "_AioCall." in repr(task)]
+        if rest:
+            await asyncio.wait(rest, timeout=_CLOSE_S)
+
+    # Start
+
+    async def _find_server(self) -> str:
+        """Wait until the server answers; return its version."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._config.start_timeout_s
+        while True:
+            try:
+                if await self._control("is_server_live"):
+                    metadata = await self._control("get_server_metadata")
+                    return str(metadata.version)
+                reason = "it is not live"
+            except CallFailedError as error:
+                if _TLS.search(error.details):
+                    raise EngineStartError(
+                        f"{self._where()} and this client do not agree on TLS: {error}. Look at ssl, ca_file, key_file "
+                        "and certificate_file; the server's certificate must be for the host in the address"
+                    ) from error
+                reason = str(error)
+            if loop.time() > give_up_at:
+                raise EngineStartError(
+                    f"{self._where()} did not answer in {self._config.start_timeout_s:g} s: {reason}. Start it, look "
+                    "at the address (the port is that of gRPC), and set ssl if the server wants TLS"
+                )
+            await asyncio.sleep(_RETRY_S)
+
+    async def _find_model(self) -> str:
+        """Find out what the model is; return the name of its dialect.
+
+        Raises:
+            EngineStartError: it is not there, or not known.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._config.start_timeout_s
+        name = self._config.model_name
+        while not await self._control("is_model_ready", name):
+            index = {entry.name: entry for entry in (await self._control("get_model_repository_index")).models}
+            # LMDeploy's repositories have one name for all models, and say in the configuration which one it is.
+            if "turbomind" in index and await self._control("is_model_ready", "turbomind"):
+                turbomind = await self._describe("turbomind")
+                if turbomind.parameters.get("model_name") == name:
+                    return await self._use_turbomind(turbomind)
+            if name not in index or index[name].state != "LOADING" or loop.time() > give_up_at:
+                have = ", ".join(f"{each.name} ({_state(each)})" for each in index.values())
+                raise EngineStartError(
+                    f"{self._where()} has not loaded the model {name!r}; it has {have or 'no model'}. Load it, or set "
+                    "model_name"
+                )
+            await asyncio.sleep(_RETRY_S)
+        model = await self._describe(name)
+        if model.inputs.keys() >= TURBOMIND:
+            return await self._use_turbomind(model)
+        self._model, self._dialect, self._turbomind = model, dialect_of(model), None
+        if self._dialect is None:
+            raise EngineStartError(
+                f"the model {name!r} on {self._where()} is none that raylm can talk to: {describe([model])}. Known are "
+                "those of vLLM, of TensorRT-LLM (ensemble, BLS, LLM API) and of LMDeploy up to 0.5.1 (turbomind)"
+            )
+        return self._dialect.name
+
+    async def _use_turbomind(self, model: Model) -> str:
+        helpers = []
+        for name, tensors in (("preprocessing", {"QUERY", "INPUT_ID"}), ("postprocessing", {"TOKENS_BATCH", "OUTPUT"})):
+            if not await self._control("is_model_ready", name):
+                raise EngineStartError(f"{self._where()} has turbomind without {name}; load that model too")
+            helpers.append(await self._describe(name))
+            if not tensors <= helpers[-1].inputs.keys() | helpers[-1].outputs:
+                raise EngineStartError(
+                    f"the model {name!r} on {self._where()} is not LMDeploy's: {describe(helpers[-1:])}. Use the "
+                    "repository that LMDeploy up to 0.5.1 writes"
+                )
+        own = model.parameters.get("session_len", "")
+        self._session_len = min(self._config.session_len, int(own) if own.isdecimal() else self._config.session_len)
+        self._turbomind = TurboMind(self, helpers[0], model, helpers[1], self._session_len)
+        await self._turbomind.start()
+        return "TurboMind"
+
+    async def _describe(self, name: str) -> Model:
+        config = (await self._control("get_model_config", name)).config
+        return Model(
+            name=name,
+            inputs={each.name: (_datatype(each.data_type), tuple(each.dims)) for each in config.input},
+            outputs=frozenset(each.name for each in config.output),
+            batched=config.max_batch_size > 0,
+            # An ensemble is decoupled if a part of it is, which its own configuration need not say. Streams serve both.
+            decoupled=config.model_transaction_policy.decoupled or config.platform == "ensemble",
+            parameters={key: value.string_value for key, value in config.parameters.items()},
+        )
+
+    # Text
+
+    async def _generate_text(self, request: Request, emit: Emit) -> None:
+        model, dialect, config = self._model, self._dialect, request.config
+        if model is None or dialect is None:
+            raise AssertionError("unreachable: the engine has started")
+        prompt, generated = request.prompt or "", request.generated
+        num_words = len(prompt.split())  # each of them is a token at least
+        if num_words >= self._session_len:
+            raise ContextLengthError(
+                f"the prompt has {num_words} words, and so more tokens than fit: session_len is {self._session_len}, "
+                "answer included; shorten the prompt"
+            )
+        left = min(config.max_new_tokens, self._session_len) - (generated.num_tokens if generated else 0)
+        sent = prompt + generated.text if generated else prompt
+        output = TextOutput(
+            request,
+            emit,
+            echo="" if dialect.exclude in model.inputs else sent,
+            cumulative=dialect.repeats(model),
+            streamed=model.decoupled,
+            max_context=self._session_len,
+        )
+        values = dialect.tensors(model, sent, config, max(1, left))
+        if left <= 0:
+            await self._end_full(request, emit, model, values)
+        elif model.decoupled:
+            await self.stream(model, values, output.take)
+            output.end()
+        else:
+            output.take(await self.infer(model, values), True)
+
+    async def _end_full(self, request: Request, emit: Emit, model: Model, values: Values) -> None:
+        """Emit the last delta of a request that earlier attempts have generated in full.
+
+        The server is asked for one more token, which is thrown away, if it alone knows how long the prompt is.
+        """
+        if request.generated is None:
+            raise AssertionError("unreachable: nothing was generated")
+        num_tokens = request.generated.num_tokens
+        prompt_tokens = estimate_tokens(request.prompt or "")
+        if "num_input_tokens" in model.outputs and model.decoupled:
+            probe = TextOutput(request, lambda _: None, "", False, True, self._session_len)
+            await self.stream(model, values, lambda outputs, _: probe.count_prompt(outputs))
+            prompt_tokens = probe.prompt_tokens
+        emit(Delta("", num_tokens, finish_reason="length", usage=Usage(prompt_tokens, num_tokens)))
+
+    # Calls
+
+    # The errors below are raised outside `except`: the context of one that was raised inside would be a foreign error,
+    # whose traceback keeps the connection, its sockets and gRPC's thread alive for as long as somebody keeps the error.
+
+    async def _control(self, method: str, *arguments: str) -> Any:
+        """Call the server for anything but inference."""
+        try:
+            return await getattr(self._connected(), method)(*arguments, client_timeout=_CALL_TIMEOUT_S)
+        except (InferenceServerException, grpc.RpcError, grpc.aio.BaseError) as error:
+            failure = self._failed(error)
+        raise failure
+
+    async def infer(self, model: Model, values: Values) -> Outputs:
+        """Return the one response of a model that is not decoupled."""
+        cancelling = _cancelling()
+        inputs = _pack(model, values)
+        try:
+            result = await self._connected().infer(model.name, inputs, client_timeout=self._config.idle_timeout_s)
+        except (InferenceServerException, grpc.RpcError, grpc.aio.BaseError) as error:
+            failure = self._failed(error)
+        except asyncio.CancelledError:
+            if _cancelling() > cancelling:
+                raise
+            failure = self._lost()
+        else:
+            return _outputs(result.get_response())
+        raise failure
+
+    async def stream(self, model: Model, values: Values, take: Take) -> None:
+        """Hand the responses to a request to `take`, and return when the server has ended the call.
+
+        Once `take` is done, or the server has sent an error, the rest of the call is read and thrown away: a call that
+        is cancelled just as its request ends leaves the request stuck in the server (Triton 2.51).
+        """
+        failure: Exception | None = None
+        done = False
+        names: list[str] = []
+        cancelling = _cancelling()
+        request = {"model_name": model.name, "inputs": _pack(model, values)}
+        call = self._connected().stream_infer(_once(request))
+        watch = _Watch(call, self._config.idle_timeout_s)
+        time = asyncio.get_running_loop().time
+        try:
+            async for result, error in call:
+                watch.heard_at = time()
+                if done:
+                    continue
+                if error is not None:
+                    failure = self._failed(error)
+                    done = True
+                else:
+                    response = result.get_response()
+                    contents = response.raw_output_contents
+                    if len(contents) != len(names):  # otherwise they are those of the response before
+                        names = [tensor.name for tensor in response.outputs]
+                    if contents:
+                        final = response.parameters["triton_final_response"].bool_param
+                        done = take(dict(zip(names, contents, strict=False)), final)
+                if done:
+                    watch.end_in(_DRAIN_S)
+        except asyncio.CancelledError:
+            # tritonclient and gRPC raise it too, for a call that has died and for one that was closed.
+            if _cancelling() > cancelling:
+                raise
+            if not done:
+                failure = self._silent() if watch.expired else self._lost()
+        except (grpc.RpcError, grpc.aio.BaseError) as rpc_error:
+            if not done:
+                failure = self._failed(rpc_error)
+        finally:
+            watch.stop()
+            call.cancel()
+            del call
+        if failure is not None:
+            raise failure
+
+    def _connected(self) -> InferenceServerClient:
+        if self._client is None:
+            self._check_up()
+            raise AssertionError("unreachable: an engine that is up has a client")
+        return self._client
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    # Errors
+
+    def _check_up(self) -> None:
+        if self._down is not None:
+            raise EngineError(self._down.message)  # a copy: one that several tasks raise would collect their tracebacks
+
+    def _failed(self, error: Exception) -> Exception:
+        """Return what is in an error of tritonclient or gRPC, which have one of their own for each way to call."""
+        if self._down is not None and self._client is None:
+            return EngineError(self._down.message)
+        if isinstance(error, InferenceServerException):
+            status = error.status()
+            return CallFailedError(status.removeprefix("StatusCode.") if status else None, error.message())
+        if isinstance(error, grpc.aio.AioRpcError):
+            return CallFailedError(error.code().name, error.details() or "")
+        return CallFailedError("UNKNOWN", str(error) or type(error).__name__)
+
+    def _lost(self) -> Exception:
+        """Return the error for a call that ended without a word."""
+        if self._down is not None:
+            return EngineError(self._down.message)
+        return CallFailedError("UNAVAILABLE", "the call was lost")
+
+    def _silent(self) -> RequestTimeoutError:
+        return RequestTimeoutError(
+            f"{self._where()} sent nothing for {self._config.idle_timeout_s:g} s; look at its log, or raise "
+            "idle_timeout_s"
+        )
+
+    def _where(self) -> str:
+        return f"the Triton server at {self._config.address}"
+
+    def _mapped(self, error: CallFailedError) -> RaylmError:
+        """Return the error for what a server or gRPC said. The one place where foreign errors become raylm's."""
+        text = f"{self._where()}: {error.details}"
+        code = failure_code(error)
+        if code == TOO_LONG or _TOO_LONG.search(error.details):
+            return ContextLengthError(f"{text}; shorten the prompt (session_len is {self._session_len})")
+        if code in {BUSY, CONFLICT}:
+            return SessionBusyError(text)
+        if error.status is None:
+            kind = InvalidRequestError if _WRONG_TENSORS.search(error.details) else UpstreamError
+            return kind(text)
+        if error.status == "UNAVAILABLE" and _TLS.search(error.details):
+            text += ". Client and server do not agree on TLS: look at ssl, ca_file, key_file and certificate_file"
+        elif error.status == "DEADLINE_EXCEEDED":
+            text += "; look at its log, or raise idle_timeout_s"
+        return STATUSES.get(error.status, ProtocolError)(text)
+
+
+async def _once(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    # Nothing here may fail: tritonclient would lose the error. It is all packed before.
+    yield request
+
+
+def _pack(model: Model, values: Values) -> Sequence[InferInput]:
+    """Return tensors with the type and shape that a model declares."""
+    packed = []
+    for name, value in values.items():
+        datatype, dims = model.inputs[name]
+        array = np.array(value, dtype=triton_to_np_dtype(datatype))
+        shape = (1,) * (len(dims) + model.batched - array.ndim) + array.shape
+        tensor = InferInput(name, list(shape), datatype)
+        packed.append(tensor.set_data_from_numpy(array.reshape(shape)))
+    return packed
+
+
+def _outputs(response: Any) -> Outputs:
+    contents = response.raw_output_contents
+    return {tensor.name: content for tensor, content in zip(response.outputs, contents, strict=False)}
+
+
+def _cancelling() -> int:
+    """Return how often this task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
+
+
+def _datatype(number: int) -> str:
+    """Return Triton's name of a data type in a model configuration."""
+    name = model_config_pb2.DataType.Name(number).removeprefix("TYPE_")
+    return "BYTES" if name == "STRING" else name
+
+
+def _state(entry: Any) -> str:
+    return ": ".join(filter(None, [entry.state.lower() or "not loaded", entry.reason]))
+
+
+def _check(request: Request) -> None:
+    """Raise InvalidRequestError for what no model on a Triton server takes."""
+    if request.messages is not None:
+        raise InvalidRequestError(
+            "messages: a Triton server applies no chat template; give a meta_template, which turns them into a prompt"
+        )
+    if not request.prompt:
+        raise InvalidRequestError("the prompt is empty; send some text")
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the prompt is no valid Unicode: {error}; repair it") from None
