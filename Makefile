@@ -1,15 +1,21 @@
-# One command per chore. Everything lives in .venv; nothing outside this folder is changed but the model cache.
+# One command per chore. Everything lives in .venv, and for lmdeploy in .venv-lmdeploy; nothing outside this folder is
+# changed but the model cache.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := routing token_plane makespan pool_efficiency
+LMDEPLOY_VENV := .venv-lmdeploy
+LMDEPLOY := $(LMDEPLOY_VENV)/bin/python
+BENCHMARKS := routing token_plane makespan pool_efficiency http_client triton
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
 
 help:
 	@echo "make demo    answer a batch and three chats with a small model on this machine's CPU"
 	@echo "make test    run all tests"
+	@echo "make test-lmdeploy  run the tests of the lmdeploy engines on CPU (installs 8 GB)"
+	@echo "make test-lmdeploy-regression  compare lmdeploy on CPU with transformers"
+	@echo "make test-gpu  run them, and their benchmark, where a GPU is"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make bench   measure every figure of the README (about ten minutes)"
@@ -20,6 +26,18 @@ demo: $(VENV)/.runs
 
 test: $(VENV)/.develops
 	$(BIN)/python -m pytest
+
+test-lmdeploy: $(LMDEPLOY_VENV)/.develops
+	$(LMDEPLOY) -m raylm.engines.gguf smollm2-135m-instruct
+	$(LMDEPLOY) -m pytest tests/lmdeploy
+
+test-lmdeploy-regression: $(LMDEPLOY_VENV)/.develops
+	$(LMDEPLOY) -m pytest tests/lmdeploy/regression.py
+
+test-gpu: $(LMDEPLOY_VENV)/.develops
+	@if $(LMDEPLOY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(LMDEPLOY) -m pytest tests/lmdeploy/gpu.py && $(LMDEPLOY) benchmarks/lmdeploy_efficiency.py; \
+	else echo "torch sees no GPU on this machine: nothing was tested"; fi
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff check .
@@ -34,7 +52,7 @@ bench: $(VENV)/.develops
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LMDEPLOY_VENV)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,4 +65,12 @@ $(VENV)/.runs: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.develops: $(VENV)/.runs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	@touch $@
+
+$(LMDEPLOY):
+	$(PYTHON) -m venv $(LMDEPLOY_VENV)
+
+$(LMDEPLOY_VENV)/.develops: $(LMDEPLOY) pyproject.toml constraints.txt constraints-lmdeploy.txt
+	$(LMDEPLOY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-lmdeploy.txt \
+		-e '.[lmdeploy,dev]'
 	@touch $@

@@ -1,0 +1,466 @@
+"""An engine whose model runs in a child process: the parent's half, and what the two halves say to each other.
+
+A library that generates holds the GIL, takes the event loop for itself, or crashes. In a child of its own it does that
+to nobody else: the parent answers at once, a crash is an error with the child's last words, a start that hangs is
+killed and tried again in a fresh process, and closing leaves nothing behind. Token ids become text on the parent's
+side, so they cost the decode loop nothing.
+
+Frames are a length (4 bytes, big-endian) and that many bytes of msgpack: commands on the child's stdin, reports on what
+was its stdout when it started. The first command tells the child what to load and is its own kind of struct. The parent
+ends the child by killing it, and the parent's own death does too (`start_child`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import struct
+import sys
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from raylm.engines.base import Emit
+from raylm.engines.text import Detokenizer, StopWords, Vocabulary
+from raylm.errors import (
+    ActorLostError,
+    EngineError,
+    EngineStartError,
+    ErrorMessage,
+    InvalidRequestError,
+    from_message,
+)
+from raylm.messages import Delta, EngineStatistics, FinishReason, Request, Usage
+
+HEADER = struct.Struct(">I")
+
+_ROLES = ("system", "user", "assistant", "tool")
+_STDERR_BYTES = 4096  # of the child's last words, kept for error messages
+
+_DYING_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class Add(msgspec.Struct, tag=True):
+    """Work on a request. Its last `Output`, and no other, has a finish reason or an error."""
+
+    key: int
+    request: Request
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Abort a request. Its last `Output` says that it is gone; one that has finished is passed over."""
+
+    key: int
+
+
+class Ping(msgspec.Struct, tag=True):
+    """Answer with a `Pong` when the engine can work."""
+
+    key: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded.
+
+    Attributes:
+        engine_version: Version of the library.
+        tokens: Token by id, as `Vocabulary` takes it: without special tokens.
+        max_context: Prompt and generated tokens together, at most.
+        capacity: How many requests it works on at a time.
+    """
+
+    engine_version: str
+    tokens: dict[int, bytes]
+    max_context: int
+    capacity: int
+
+
+class Failure(msgspec.Struct, tag=True):
+    """The model cannot be loaded, and another attempt would fail as well; the process ends."""
+
+    error: ErrorMessage
+
+
+class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """What one request produced.
+
+    Attributes:
+        key: The request's.
+        prompt_tokens: Tokens of the prompt, without those of continued attempts.
+        token_ids: New tokens, the one that ended the sequence included.
+        logprobs: Log-probability of each of `token_ids`, if asked for.
+        finish_reason: Set when the request is no longer in the engine.
+        error: Set instead of `finish_reason` when it failed.
+        num_silent: How many tokens at the end of `token_ids` have no text: the one that ended the sequence may be an
+            ordinary token.
+        cached_tokens: Prompt tokens that the prefix cache held; None where the engine does not tell.
+    """
+
+    key: int
+    prompt_tokens: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: ErrorMessage | None = None
+    num_silent: int = 0
+    cached_tokens: int | None = None
+
+
+class Step(msgspec.Struct, tag=True):
+    """What requests produced since the last one.
+
+    Attributes:
+        outputs: One a request that has something to say.
+        cache_usage: Share of the KV cache in use, 0 to 1; None where the engine does not tell.
+    """
+
+    outputs: list[Output]
+    cache_usage: float | None
+
+
+class Pong(msgspec.Struct, tag=True):
+    """The answer to the `Ping` of that key."""
+
+    key: int
+
+
+Command = Add | Cancel | Ping
+Report = Ready | Failure | Step | Pong
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_report: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+
+
+def pack(message: msgspec.Struct) -> bytes:
+    """Return the frame of a command or report.
+
+    Raises:
+        UnicodeEncodeError: a text in it is no valid Unicode.
+    """
+    body = _encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def start_child() -> BinaryIO:
+    """Make this process a child as `ChildProcess` expects one, and return the file for its reports."""
+    # Ctrl-C reaches the whole terminal; whether it ends this process is the parent's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h. The kernel ends this process even in the middle of a step.
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # What a library prints on stdout goes to stderr, for it would break the frames.
+    reports = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return reports
+
+
+class _Generation:
+    """Turns the outputs of one request into deltas."""
+
+    __slots__ = ("_detokenizer", "_emit", "_num_tokens", "_stop_words", "_unsent", "done")
+
+    def __init__(self, request: Request, emit: Emit, vocabulary: Vocabulary, done: asyncio.Future[None]) -> None:
+        generated = request.generated
+        self.done = done
+        self._emit = emit
+        self._num_tokens = generated.num_tokens if generated else 0
+        self._detokenizer = Detokenizer(vocabulary, text_start=not generated or bool(generated.token_ids))
+        self._stop_words = StopWords(request.config.stop_words)
+        self._unsent = ""
+        if generated and generated.token_ids:
+            # Brings back what the earlier attempts held: half a character, the beginning of a stop word.
+            text, _ = self._stop_words.feed(self._detokenizer.feed(generated.token_ids))
+            if not text.startswith(generated.text):
+                raise InvalidRequestError(
+                    "the token ids of `generated` do not spell its text; continue it with the model that began it, or "
+                    "without token ids"
+                )
+            self._unsent = text[len(generated.text) :]
+
+    def advance(self, output: Output) -> None:
+        """Emit what the request produced in one step. The last delta ends `done`; nothing follows it."""
+        if self.done.done():
+            return
+        if output.error is not None:
+            self.done.set_exception(from_message(output.error))
+            return
+        self._num_tokens += len(output.token_ids)
+        shown = output.token_ids[: -output.num_silent] if output.num_silent else output.token_ids
+        text, hit = self._stop_words.feed(self._detokenizer.feed(shown))
+        delta = Delta(text, self._num_tokens, output.token_ids, output.logprobs)
+        if self._unsent:
+            delta.text = self._unsent + text
+            self._unsent = ""
+        if hit:
+            delta.finish_reason = "stop"
+        elif output.finish_reason is not None:
+            delta.finish_reason = output.finish_reason
+            delta.text += self._stop_words.flush()
+        if delta.finish_reason is not None:
+            delta.usage = Usage(output.prompt_tokens, self._num_tokens, output.cached_tokens)
+        try:
+            self._emit(delta)
+        except Exception as error:  # noqa: BLE001 - it belongs to the caller of this request, not to all of them
+            self.done.set_exception(error)
+            return
+        if delta.finish_reason is not None:
+            self.done.set_result(None)
+
+
+class ChildProcess:
+    """Starts the child, hands it requests, and turns its reports into deltas. The rules are those of `Engine`.
+
+    Args:
+        module: What the child runs, as `python -m module`.
+        library: The library in it, for people.
+        advice: What its user may do when the child dies, for people: "give it more memory".
+    """
+
+    def __init__(self, module: str, library: str, advice: str) -> None:
+        self._module = module
+        self._library = library
+        self._advice = advice
+        self._keys = count()
+        self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        # The report on loading, or what became of the child instead.
+        self._ready: asyncio.Future[Ready | str] | None = None
+        self._vocabulary = Vocabulary({})
+        # Why nothing can be asked of the engine now; None when it works. Raised as a copy.
+        self._down: EngineError | None = EngineError("the engine has not started; call start first")
+        # What the child works on. A request stays until the child has said that it is gone, even if its client left.
+        self._generations: dict[int, _Generation] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._num_tokens = 0
+        self._cache_usage: float | None = None
+
+    async def start(self, load: msgspec.Struct, *, timeout_s: float, attempts: int = 1) -> Ready:
+        """Start a child and let it load. After a failure this may be called again.
+
+        Args:
+            load: The first command.
+            timeout_s: Limit on one attempt; the child is then killed.
+            attempts: Children that may die or hang before the start has failed.
+
+        Raises:
+            EngineStartError: the child said why it cannot load, or all attempts are used up.
+        """
+        for attempt in range(1, attempts + 1):
+            try:
+                outcome = await self._attempt(load, timeout_s)
+            except BaseException:
+                await self._stop()
+                raise
+            if isinstance(outcome, Ready):
+                self._vocabulary = Vocabulary(outcome.tokens)
+                self._down = None
+                return outcome
+            await self._stop()
+            _log.warning("attempt %d of %d to start %s failed: %s", attempt, attempts, self._library, outcome)
+        tries = f" in {attempts} attempts" if attempts > 1 else ""
+        raise EngineStartError(f"{self._library} did not start{tries}: {outcome}")
+
+    async def _attempt(self, load: msgspec.Struct, timeout_s: float) -> Ready | str:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._launch(load)
+        except TimeoutError:
+            return f"it did not load the model in {timeout_s:g} s; raise start_timeout_s, or take a smaller model"
+
+    async def _launch(self, load: msgspec.Struct) -> Ready | str:
+        self._process = process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # the parent's sys.path, below, is all there is to it
+            "-m",
+            self._module,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=_environment(os.environ),
+            start_new_session=True,  # a group of its own, to be killed with whatever the library starts
+        )
+        self._ready = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read(process))
+        self._send(load)
+        return await self._ready
+
+    async def generate(self, request: Request, emit: Emit) -> None:
+        """Generate one request. See `engines.base.Engine.generate`."""
+        self._check_up()
+        _check(request)
+        key = next(self._keys)
+        generation = _Generation(request, emit, self._vocabulary, asyncio.get_running_loop().create_future())
+        try:
+            self._send(Add(key, request))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
+        self._generations[key] = generation
+        try:
+            await generation.done
+        finally:
+            if key in self._generations:
+                self._send(Cancel(key))
+
+    async def check_health(self) -> None:
+        """Return when the child has answered a ping.
+
+        Raises:
+            ActorLostError: the child is dead.
+            EngineError: the engine has not started, or was closed.
+        """
+        self._check_up()
+        key = next(self._keys)
+        self._pings[key] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Ping(key))
+            await self._pings[key]
+        finally:
+            self._pings.pop(key, None)
+
+    def statistics(self) -> EngineStatistics:
+        """Return the load. An aborted request is running until the child has let go of it."""
+        return EngineStatistics(
+            num_running=len(self._generations), num_tokens=self._num_tokens, cache_usage=self._cache_usage
+        )
+
+    async def close(self) -> None:
+        """End the child. Requests that are still running fail with EngineError."""
+        self._fail(EngineError("the engine was closed; start another one"))
+        await self._stop()
+
+    def _check_up(self) -> None:
+        if self._down is not None:
+            raise _copy(self._down)
+
+    def _send(self, command: msgspec.Struct) -> None:
+        frame = pack(command)
+        # Towards a child that is dead nothing needs sending: `_read` is about to fail whoever waits for an answer.
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
+            self._process.stdin.write(frame)
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Handle what the child says, until it is dead."""
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise AssertionError("unreachable: all three are pipes")
+        last_words = asyncio.create_task(_read_tail(process.stderr))
+        try:
+            while True:
+                (length,) = HEADER.unpack(await process.stdout.readexactly(HEADER.size))
+                self._receive(_decode_report.decode(await process.stdout.readexactly(length)))
+        except asyncio.IncompleteReadError:
+            # Its stdout is closed, so the child is dead or dying. How it ends by itself is worth a moment.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DYING_S):
+                    await process.wait()
+        finally:
+            _kill(process)
+            process.stdin.close()
+            said = await last_words
+            status = await process.wait()
+            self._lose(_describe(status), f". Its last words:\n{said}" if said else "")
+
+    def _receive(self, report: Report) -> None:
+        match report:
+            case Step(outputs, cache_usage):
+                self._cache_usage = cache_usage
+                for output in outputs:
+                    self._num_tokens += len(output.token_ids)
+                    if (generation := self._generations.get(output.key)) is None:
+                        continue  # the engine is being closed
+                    if output.finish_reason is not None or output.error is not None:
+                        del self._generations[output.key]
+                    generation.advance(output)
+            case Pong(key):
+                if (ping := self._pings.get(key)) is not None and not ping.done():
+                    ping.set_result(None)
+            case Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(report)
+            case Failure(error):
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_exception(from_message(error))
+
+    def _lose(self, ended: str, last_words: str) -> None:
+        """Tell everybody who waits that the child is dead."""
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(
+                f"its process ended with {ended} while it loaded the model; check that the model is complete, and "
+                f"{self._advice}{last_words}"
+            )
+        if self._down is None:
+            self._fail(
+                ActorLostError(
+                    f"the {self._library} process ended with {ended}; its actor is replaced. If this goes on, "
+                    f"{self._advice}{last_words}"
+                )
+            )
+
+    def _fail(self, error: EngineError) -> None:
+        """Refuse all work from now on, and end what runs."""
+        self._down = error
+        for waiter in [*(generation.done for generation in self._generations.values()), *self._pings.values()]:
+            if not waiter.done():
+                waiter.set_exception(_copy(error))
+        self._generations.clear()
+
+    async def _stop(self) -> None:
+        """Kill the child and wait until nothing of it is left."""
+        if self._process is not None:
+            _kill(self._process)
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` for a child that shall find the modules that this process finds."""
+    return {**environment, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+
+
+def _check(request: Request) -> None:
+    """Raise InvalidRequestError for what the chat templates of the libraries would pass over in silence."""
+    if request.messages is None:
+        if not request.prompt:
+            raise InvalidRequestError("the prompt is empty; send some text")
+        return
+    if not request.messages:
+        raise InvalidRequestError("messages is empty; send at least one")
+    for message in request.messages:
+        if message.role not in _ROLES:
+            raise InvalidRequestError(
+                f"unknown role {message.role!r}; the model's own chat template knows {', '.join(_ROLES)}, and a "
+                "meta_template can define others"
+            )
+
+
+def _copy(error: EngineError) -> EngineError:
+    # An exception that several tasks raise would collect the tracebacks of all of them.
+    return type(error)(error.message)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # It holds nothing worth an orderly end. Not `process.kill`: that polls the child, and if it has just died takes the
+    # exit status away from the event loop, which then reports a made-up one (CPython 3.11 to 3.14).
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _describe(status: int) -> str:
+    return f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+
+
+async def _read_tail(stream: asyncio.StreamReader) -> str:
+    """Return the last lines of `stream` when it has ended."""
+    tail = b""
+    while chunk := await stream.read(1 << 16):
+        tail = (tail + chunk)[-_STDERR_BYTES:]
+    return tail.decode(errors="replace").strip()

@@ -1,0 +1,24 @@
+"""What raylm takes for granted of lmdeploy and the files around it. Nothing here starts an engine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from raylm.engines.lmdeploy_worker import ERRORS
+
+
+def test_every_error_of_lmdeploy_is_mapped() -> None:
+    """The table of errors has each code that lmdeploy raises, and no other."""
+    code = "from lmdeploy.serve.core.exceptions import ErrorCode; print(*[code.value for code in ErrorCode])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert sorted(ERRORS) == sorted(done.stdout.split())
+
+
+def test_conversion_happens_once(model_folder: str) -> None:
+    """The folder of the built-in model is complete and is not made again."""
+    written = Path(model_folder, "model.safetensors").stat().st_mtime_ns
+    command = [sys.executable, "-m", "raylm.engines.gguf", "smollm2-135m-instruct"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == model_folder
+    assert Path(model_folder, "model.safetensors").stat().st_mtime_ns == written
+    assert json.loads(Path(model_folder, "config.json").read_text())["dtype"] == "float32"
