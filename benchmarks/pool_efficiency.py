@@ -122,11 +122,12 @@ class Side:
 
     Args:
         name: Which side.
+        script: The benchmark that it is a side of.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, script: str = __file__) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, script, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._hear("ready")
         self._tree = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
@@ -134,14 +135,18 @@ class Side:
 
     def rate(self, num_prompts: int, seed: int) -> float:
         """Work through prompts and return the tokens/s."""
+        return num_prompts * NUM_TOKENS / float(self.ask(f"{num_prompts} {seed}"))
+
+    def ask(self, line: str) -> str:
+        """Let it work on a line and return its answer."""
         self._go_on()
         if self._process.stdin is None:
             raise AssertionError("unreachable: it is a pipe")
-        self._process.stdin.write(f"{num_prompts} {seed}\n")
+        self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
-        took_s = float(self._hear())
+        answer = self._hear()
         self._stop()
-        return num_prompts * NUM_TOKENS / took_s
+        return answer
 
     def close(self) -> None:
         """Let the process end in order."""

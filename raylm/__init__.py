@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 from raylm._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from raylm.api import AsyncLMDeployClient as AsyncLMDeployClient
     from raylm.api import AsyncLMDeployPipeline as AsyncLMDeployPipeline
+    from raylm.api import AsyncLMDeployServer as AsyncLMDeployServer
+    from raylm.api import AsyncTritonClient as AsyncTritonClient
+    from raylm.api import LMDeployClient as LMDeployClient
     from raylm.api import LMDeployPipeline as LMDeployPipeline
+    from raylm.api import LMDeployServer as LMDeployServer
+    from raylm.api import TritonClient as TritonClient
+    from raylm.chatbot import AsyncChatbot as AsyncChatbot
+    from raylm.chatbot import Chatbot as Chatbot
+    from raylm.config import APIServerConfig as APIServerConfig
     from raylm.config import EngineConfig as EngineConfig
     from raylm.config import Fault as Fault
+    from raylm.config import HTTPConfig as HTTPConfig
+    from raylm.config import LMDeployConfig as LMDeployConfig
     from raylm.config import OpenVINOConfig as OpenVINOConfig
     from raylm.config import PoolConfig as PoolConfig
     from raylm.config import SessionConfig as SessionConfig
     from raylm.config import SimulatedConfig as SimulatedConfig
+    from raylm.config import TritonConfig as TritonConfig
     from raylm.errors import RaylmError as RaylmError
     from raylm.messages import Completion as Completion
     from raylm.messages import GenerationConfig as GenerationConfig
@@ -31,14 +43,24 @@ if TYPE_CHECKING:
     from raylm.template import INTERNLM2_META as INTERNLM2_META
 
 _HOMES = {
+    "APIServerConfig": "raylm.config",
+    "AsyncChatbot": "raylm.chatbot",
+    "AsyncLMDeployClient": "raylm.api",
     "AsyncLMDeployPipeline": "raylm.api",
+    "AsyncLMDeployServer": "raylm.api",
+    "AsyncTritonClient": "raylm.api",
     "CHATML_META": "raylm.template",
+    "Chatbot": "raylm.chatbot",
     "Completion": "raylm.messages",
     "EngineConfig": "raylm.config",
     "Fault": "raylm.config",
     "GenerationConfig": "raylm.messages",
+    "HTTPConfig": "raylm.config",
     "INTERNLM2_META": "raylm.template",
+    "LMDeployClient": "raylm.api",
+    "LMDeployConfig": "raylm.config",
     "LMDeployPipeline": "raylm.api",
+    "LMDeployServer": "raylm.api",
     "Message": "raylm.messages",
     "OpenVINOConfig": "raylm.config",
     "Pool": "raylm.pool",
@@ -49,6 +71,8 @@ _HOMES = {
     "SessionConfig": "raylm.config",
     "SimulatedConfig": "raylm.config",
     "Status": "raylm.messages",
+    "TritonClient": "raylm.api",
+    "TritonConfig": "raylm.config",
     "Usage": "raylm.messages",
 }
 

@@ -41,6 +41,7 @@ import uvloop
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from raylm import heap
@@ -343,6 +344,23 @@ def demo(
 
     if _run(show()):
         raise typer.Exit(_FAILED)
+
+
+@app.command()
+def compat() -> None:
+    """Show what the installed lmdeploy has and lacks of what the four classes need, and what raylm does instead."""
+    from raylm.compat import examine, installed_version
+
+    found = installed_version()
+    table = Table(
+        "lmdeploy's interface", "for", "there", "what raylm does", box=None, pad_edge=False, title_justify="left"
+    )
+    table.title = f"lmdeploy {found}" if found else "lmdeploy is not installed; pip install 'raylm[lmdeploy]' brings it"
+    words = {True: "yes", False: "no", None: "?"}
+    for finding in examine():
+        interface = finding.interface
+        table.add_row(interface.name, interface.used_by, words[finding.present], interface.instead)
+    Console(file=sys.stdout, highlight=False, markup=False).print(table)
 
 
 # What the verbs share

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import ray.exceptions
 
 from raylm.actors.sessions import Claim
@@ -41,7 +42,7 @@ class Conversations:
         *,
         start: bool,
         end: bool,
-        timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> AsyncIterator[Stream]:
         """Run one turn; the transcript grows when the block is left with the stream at its end.
 
@@ -51,7 +52,7 @@ class Conversations:
             make_request: Makes the request of a whole transcript.
             start: Begin the session, in place of one of that id.
             end: Forget the session when the turn is over.
-            timeout_s: Limit on queue and generation together.
+            silence_s: As in `Pool.stream`.
 
         Raises:
             SessionNotFoundError: `start` is False and there is no such session.
@@ -72,9 +73,8 @@ class Conversations:
         try:
             router.pin(session_id, claim.slot)
             transcript = claim.messages + messages
-            async with self._pool.stream(
-                make_request(transcript), session_id=session_id, timeout_s=timeout_s
-            ) as stream:
+            request = msgspec.structs.replace(make_request(transcript), session_id=session_id, session_end=end)
+            async with self._pool.stream(request, session_id=session_id, silence_s=silence_s) as stream:
                 yield stream
                 if stream.done:
                     completion = await stream.completion()

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylm.actors.manager import nodes
+from raylm.actors.cluster import nodes
 from raylm.api import AsyncLMDeployPipeline
 from raylm.batch import Row, Tally, run_batch
 from raylm.errors import InvalidRequestError, RaylmError

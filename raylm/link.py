@@ -49,12 +49,12 @@ class Link:
         self.info: ActorInfo | None = None
         self.statistics: EngineStatistics | None = None
         self.num_deaths = 0
+        self.heard_at = 0.0  # when the latest delta came
         self.streams: dict[int, Stream] = {}  # by key of their attempt
         self.client_id = ""
         self.outbox: list[Stream] = []
         self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
-        self.suspicion: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Connect, poll until the actor is lost, and again."""
@@ -70,7 +70,7 @@ class Link:
                 await asyncio.sleep(0.1)  # it is being restarted
                 continue
             except ray.exceptions.RayTaskError as error:
-                cause = _unwrap(error)
+                cause = unwrap(error)
                 num_failures += 1
                 if num_failures >= _MAX_START_FAILURES or not self.settled.done():
                     self._failed(cause)
@@ -93,12 +93,14 @@ class Link:
             except ray.exceptions.RayActorError as error:
                 self.lost(first_line(error))
             except ray.exceptions.RayTaskError as error:
-                self.lost(str(_unwrap(error)), died=False)
+                self.lost(str(unwrap(error)), died=False)
 
     def on_reply(self, reply: PollReply) -> None:
         """Hand every delta to its stream."""
         now = self.pool.loop.time()
         self.statistics = reply.statistics
+        if reply.deltas:
+            self.heard_at = now
         streams = self.streams
         for key, delta in zip(reply.keys, reply.deltas, strict=True):
             stream = streams.get(key)
@@ -190,7 +192,7 @@ class Link:
         self.pool._slot_failed(error)
 
 
-def _unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
+def unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
     """Return the error that the actor raised, without Ray's wrapping."""
     cause = error.cause
     return cause if isinstance(cause, RaylmError) else EngineStartError(f"{type(cause).__name__}: {cause}")

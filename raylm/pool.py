@@ -15,6 +15,7 @@ What can go wrong with an attempt, and what follows:
 2.  The engine raises. A wrong request fails; anything that may work elsewhere goes back to the queue.
 3.  Nothing is heard for too long (`_watch`). The attempt is cancelled and the request goes elsewhere. The actor gets a
     health check, and is replaced if it does not pass.
+4.  The server behind a client actor fails. The request goes elsewhere, and the slot waits until the server is back.
 
 Deltas carry the key of their attempt, and a key is forgotten with its attempt, so late deltas of a lost attempt find
 nobody. All state belongs to one event loop.
@@ -28,7 +29,7 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -48,9 +49,10 @@ from raylm.errors import (
     PoolSaturatedError,
     RaylmError,
     RequestTimeoutError,
+    UpstreamError,
     from_message,
 )
-from raylm.link import Link, first_line
+from raylm.link import Link, unwrap
 from raylm.messages import Completion, Delta, EngineStatistics, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
 from raylm.stream import Stream
@@ -66,6 +68,12 @@ _TRIAL_S = 0.8 * PROGRESS_S
 _TRIALS_IN_A_ROW = 16
 """With more suspects than this for each slot, several are on trial at once, so that the last one does not wait for
 minutes."""
+
+_ALONE = 10
+"""A request that is silent while others of its slot go on is given this many times the bound."""
+
+_UPSTREAM_PROBE_S = 1.0
+"""How often a server that failed is asked whether it is back."""
 
 _HISTORY = 512
 """First-token times that the watchdog's bound is learnt from."""
@@ -83,6 +91,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
         slot: Its number.
         state: `starting`, `up`, `suspected`, `down` or `failed`.
         model: The model it serves, or "" before it has started.
+        device: Where that computes, for people, or "" before it has started.
         num_running: Requests of this pool at the actor.
         capacity: How many it takes.
         outstanding_tokens: Tokens those requests may still need.
@@ -95,6 +104,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     state: str
     model: str
+    device: str
     num_running: int
     capacity: int
     outstanding_tokens: int
@@ -132,6 +142,34 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 class _AbortedError(RaylmError):
     """The request's own client ended it."""
+
+
+class _Silence:
+    """Fails requests when nothing has happened to any of them for too long.
+
+    Attributes:
+        broken_at: When something happened last that their own clocks do not tell.
+    """
+
+    def __init__(self, pool: Pool, streams: Collection[Stream], limit_s: float) -> None:
+        self._pool = pool
+        self._streams = streams
+        self._limit_s = limit_s
+        self.broken_at = pool.loop.time()
+        self._timer = pool.loop.call_later(limit_s, self._check)
+
+    def stop(self) -> None:
+        """Leave them alone from now on."""
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        self.broken_at = max([self.broken_at, *(stream._heard_at for stream in self._streams)])
+        left_s = self.broken_at + self._limit_s - self._pool.loop.time()
+        if left_s > 0:
+            self._timer = self._pool.loop.call_later(left_s, self._check)
+        else:
+            for stream in tuple(self._streams):
+                self._pool._expire(stream, f"nothing came for {self._limit_s:g} s")
 
 
 class Pool:
@@ -220,6 +258,7 @@ class Pool:
         lane: Lane = "interactive",
         session_id: str | None = None,
         timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> Stream:
         """Start a request and return its deltas as they come.
 
@@ -228,6 +267,7 @@ class Pool:
             lane: Which queue it waits in.
             session_id: Keeps requests of one name in one slot.
             timeout_s: Limit on queue and generation together, in seconds; None: no limit.
+            silence_s: Limit on the time in which it neither gets to an actor nor gets a token; None: no limit.
 
         Raises:
             PoolSaturatedError: the queue is full.
@@ -242,7 +282,9 @@ class Pool:
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
         stream = Stream(self, request, lane, session_id)
         if timeout_s is not None:
-            stream._deadline = self.loop.call_later(timeout_s, self._expire, stream, timeout_s)
+            stream._deadline = self.loop.call_later(timeout_s, self._expire, stream, f"not done within {timeout_s:g} s")
+        if silence_s is not None:
+            stream._silence = _Silence(self, [stream], silence_s)
         self._enqueue(stream)
         return stream
 
@@ -253,41 +295,63 @@ class Pool:
         lane: Lane = "interactive",
         session_id: str | None = None,
         timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> Completion:
         """Run a request to its end. Arguments and errors are those of `stream`."""
         request = msgspec.structs.replace(request, stream=False)
-        async with self.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
+        async with self.stream(
+            request, lane=lane, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
+        ) as stream:
             return await stream.completion()
 
     async def generate_many(
-        self, requests: Sequence[Request], *, lane: Lane = "batch", timeout_s: float | None = None
+        self, requests: Sequence[Request], *, lane: Lane = "batch", silence_s: float | None = None
     ) -> list[Completion | RaylmError]:
         """Run many requests, the longest first, so that no long one is left for the end.
+
+        Args:
+            requests: The requests.
+            lane: Which queue they wait in.
+            silence_s: When none of them has got to an actor or got a token for this long, those that are left fail
+                with RequestTimeoutError. None: no limit.
 
         Returns:
             One entry for each request, in the order of `requests`: its completion or the error it ended with.
         """
         results: list[Completion | RaylmError | None] = [None] * len(requests)
-        async for index, result in self.as_completed(requests, lane=lane, timeout_s=timeout_s):
+        async for index, result in self.as_completed(requests, lane=lane, silence_s=silence_s):
             results[index] = result
         return [result for result in results if result is not None]
 
     async def as_completed(
-        self, requests: Sequence[Request], *, lane: Lane = "batch", timeout_s: float | None = None
+        self, requests: Sequence[Request], *, lane: Lane = "batch", silence_s: float | None = None
     ) -> AsyncIterator[tuple[int, Completion | RaylmError]]:
-        """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others."""
+        """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others.
+
+        Args:
+            requests: The requests.
+            lane: Which queue they wait in.
+            silence_s: As in `generate_many`.
+        """
         ended: asyncio.Queue[int] = asyncio.Queue()
         streams: dict[int, Stream] = {}
+        silence: _Silence | None = None
         try:
             for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
                 request = msgspec.structs.replace(requests[index], stream=False)
-                stream = streams[index] = self.stream(request, lane=lane, timeout_s=timeout_s)
+                stream = streams[index] = self.stream(request, lane=lane)
                 stream._ended = partial(ended.put_nowait, index)
+            if silence_s is not None:
+                silence = _Silence(self, streams.values(), silence_s)
             for _ in requests:
                 index = await ended.get()
                 stream = streams.pop(index)
+                if silence is not None:
+                    silence.broken_at = self.loop.time()
                 yield index, stream._error or stream._result()
         finally:
+            if silence is not None:
+                silence.stop()
             for stream in streams.values():
                 stream.abort()
 
@@ -300,6 +364,7 @@ class Pool:
                 slot=number,
                 state=link.state,
                 model=link.info.engine.model if link.info else "",
+                device=link.info.engine.device if link.info else "",
                 num_running=len(link.streams),
                 capacity=link.info.engine.capacity if link.info else 0,
                 outstanding_tokens=self.router.load(number) if link.info else 0,
@@ -445,6 +510,8 @@ class Pool:
         stream._error = error
         if stream._deadline is not None:
             stream._deadline.cancel()
+        if stream._silence is not None:
+            stream._silence.stop()
         if isinstance(error, _AbortedError):
             self._num_aborted += 1
         elif error is not None:
@@ -476,10 +543,14 @@ class Pool:
 
     def _attempt_failed(self, stream: Stream, failure: ErrorMessage) -> None:
         error = from_message(failure)
+        link = stream._link
         if not error.retryable or isinstance(error, InvalidRequestError):
             self._settle(stream, error=error)
         else:
             self._move(stream, "failed", error)
+        if isinstance(error, UpstreamError) and link is not None:
+            # A slot that fails at once has always room, and would draw all requests to it.
+            self._suspect(link)
 
     def _move(self, stream: Stream, cause: str, error: RaylmError) -> None:
         """Give up the current attempt and queue the next one, or fail with `error` when none is left."""
@@ -505,17 +576,17 @@ class Pool:
             stream._link.cancel([stream._key])
         self._settle(stream, error=_AbortedError("the request was aborted by its client"))
 
-    def _expire(self, stream: Stream, timeout_s: float) -> None:
+    def _expire(self, stream: Stream, what: str) -> None:
         if stream.done:
             return
         if stream._link is not None:
             stream._link.cancel([stream._key])
         if any(link.state in {"up", "suspected"} for link in self._links.values()):
             error: RaylmError = RequestTimeoutError(
-                f"not done within {timeout_s:g} s ({stream.num_tokens} tokens so far); allow more time or ask for less"
+                f"{what} ({stream.num_tokens} of its own so far); allow a longer timeout, or ask for less"
             )
         else:
-            error = NoActorError(f"no actor came up within {timeout_s:g} s", retry_after_s=5.0)
+            error = NoActorError(f"{what}: no actor came up", retry_after_s=5.0)
         self._settle(stream, error=error)
 
     # The state of slots
@@ -590,7 +661,9 @@ class Pool:
                     bound_s = gap_s if stream._spoke else self._first_token_timeout_s
                     if not stream.request.stream:
                         bound_s += PROGRESS_S
-                    if now - stream._heard_at > bound_s:
+                    # While others there get tokens, it most likely waits for its turn inside the engine.
+                    silence_s = now - stream._heard_at
+                    if silence_s > bound_s and (now - link.heard_at > bound_s or silence_s > _ALONE * bound_s):
                         silent.append(stream)
                 if not silent:
                     continue
@@ -602,13 +675,16 @@ class Pool:
                         "look at their health, or raise first_token_timeout_s or token_gap_timeout_s"
                     )
                     self._move(stream, "silent", error)
-                if link.suspicion is None or link.suspicion.done():
-                    link.suspicion = self._own(self._suspect(link))
+                self._suspect(link)
 
-    async def _suspect(self, link: Link) -> None:
-        """Give a silent actor no new work until it has passed a health check; have it replaced if it does not."""
-        link.state = "suspected"
-        self.router.suspend(link.number, suspended=True)
+    def _suspect(self, link: Link) -> None:
+        """Give a slot no new work until its actor has passed a health check; have the actor replaced if it does not."""
+        if link.state == "up":
+            link.state = "suspected"
+            self.router.suspend(link.number, suspended=True)
+            self._own(self._examine(link))
+
+    async def _examine(self, link: Link) -> None:
         client_id = link.client_id
         while link.client_id == client_id and link.state == "suspected":
             try:
@@ -617,7 +693,11 @@ class Pool:
             except ray.exceptions.RayActorError:
                 return  # the poll in flight tells too
             except (TimeoutError, ray.exceptions.RayTaskError) as error:
-                _log.warning("slot %d fails its health check: %s", link.number, first_line(error) or "no answer")
+                cause = unwrap(error) if isinstance(error, ray.exceptions.RayTaskError) else error
+                if isinstance(cause, UpstreamError):  # another actor would meet the same server
+                    await asyncio.sleep(_UPSTREAM_PROBE_S)
+                    continue
+                _log.warning("slot %d fails its health check: %s", link.number, cause or "no answer")
                 if self._replace is not None:
                     self._replace(link.number)
                     return

@@ -17,7 +17,7 @@ from raylm.routing import Reservation
 
 if TYPE_CHECKING:
     from raylm.link import Link
-    from raylm.pool import Pool
+    from raylm.pool import Pool, _Silence
 
 _ONE_READER = "a stream has one reader at a time"
 
@@ -51,6 +51,7 @@ class Stream:
         "_receipt",
         "_reservation",
         "_session_id",
+        "_silence",
         "_spoke",
         "_suspect",
         "_tokens",
@@ -73,6 +74,7 @@ class Stream:
         self._error: RaylmError | None = None
         self._receipt: Receipt | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._silence: _Silence | None = None
         self._ended: Callable[[], None] | None = None  # called once, when it is done
         # The current attempt:
         self._link: Link | None = None

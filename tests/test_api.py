@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from raylm.errors import (
     InvalidRequestError,
     NoActorError,
     PartialFailureError,
+    PlacementError,
     PoisonRequestError,
     SessionBusyError,
     SessionNotFoundError,
@@ -235,11 +237,18 @@ def test_a_closed_pipeline_says_so(cluster: str) -> None:
         pipeline.generate("hello")
 
 
-@pytest.mark.parametrize("backend", ["turbomind", "pytorch"])
-def test_a_missing_extra_is_named(cluster: str, backend: Any) -> None:
+@pytest.mark.skipif(find_spec("lmdeploy") is not None, reason="lmdeploy is installed")
+def test_a_missing_extra_is_named(cluster: str) -> None:
     """A backend that is not installed raises EngineStartError that says what to install."""
     with pytest.raises(EngineStartError, match=r"raylm\[lmdeploy\]"):
-        LMDeployPipeline("any", backend=backend)
+        LMDeployPipeline("smollm2-135m-instruct", backend="pytorch")
+
+
+@pytest.mark.parametrize("engine", [{"backend": "turbomind"}, {"backend": "pytorch", "device": "cuda"}])
+def test_a_gpu_that_is_not_there_is_named(cluster: str, engine: dict[str, Any]) -> None:
+    """An engine for GPUs on a cluster without one raises PlacementError that says what each node has."""
+    with pytest.raises(PlacementError, match="0 GPUs"):
+        LMDeployPipeline("any", **engine)
 
 
 @pytest.mark.parametrize("wrong", [{"backend": "cuda"}, {"tp": 2, "backend": "openvino"}, {"replicas": 0}])
@@ -300,3 +309,15 @@ def test_nothing_is_left_behind() -> None:
     before, during, after = json.loads(result.stdout.splitlines()[-1])
     assert "raylet" in during[0]
     assert after == before
+
+
+def test_a_program_may_end_without_closing() -> None:
+    """A program that just ends, as the seed's examples do, ends in order: no complaint, and its Ray goes with it."""
+    code = (
+        "from raylm import LMDeployPipeline, SimulatedConfig\n"
+        "chatbot = LMDeployPipeline('simulated', backend_config=SimulatedConfig(), address='local')\n"
+        "print(chatbot.generate('hello', max_new_tokens=5, temperature=0))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == greedy_text("hello", 5).strip()
+    assert "Traceback" not in result.stderr

@@ -18,8 +18,9 @@ LAYERS = [
     {"engines"},
     {"actors"},
     {"routing", "stream", "link", "pool", "conversation"},
+    {"chatbot"},
     {"api", "batch"},
-    {"cli", "demo"},
+    {"cli", "demo", "compat"},
 ]
 """A module imports from its own layer and the ones above it in this list, never from one below."""
 
@@ -58,14 +59,15 @@ def test_imports_go_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("library", ["openvino_genai", "lmdeploy", "tritonclient"])
 def test_one_importer_for_each_engine_library(library: str) -> None:
-    """Each engine's library is imported in one file at most."""
-    importers = [file.name for file in PACKAGE.rglob("*.py") if any(n.startswith(library) for n in imports_of(file))]
-    assert len(importers) <= 1
+    """Each engine's library is imported in one file at most; what makes lmdeploy run on CPU is a file of its own."""
+    importers = {file.name for file in PACKAGE.rglob("*.py") if any(n.startswith(library) for n in imports_of(file))}
+    assert len(importers - {"lmdeploy_cpu.py"}) <= 1
 
 
 def test_engines_know_nothing_of_ray() -> None:
-    """No engine imports Ray."""
-    assert [file.name for file in (PACKAGE / "engines").glob("*.py") if "ray" in imports_of(file)] == []
+    """No engine imports Ray, but the one whose library runs its ranks as Ray actors, in its child process."""
+    importers = [file.name for file in (PACKAGE / "engines").glob("*.py") if "ray" in imports_of(file)]
+    assert importers == ["lmdeploy_worker.py"]
 
 
 def test_import_is_light() -> None:

@@ -66,6 +66,14 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heed_interrupts() -> Iterator[None]:
+    """Let child processes be interrupted: a shell starts its background jobs, such as tests, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Terminal:
     """`raylm` on a pseudo-terminal, and a person at it."""
 

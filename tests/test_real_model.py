@@ -68,7 +68,7 @@ def converse(chatbot: LMDeployPipeline, session_id: int, turns: list[str], *, ki
     answers = []
     for number, text in enumerate(turns):
         if kill_before_last and number == len(turns) - 1:
-            owner = chatbot._pipeline.pool.router.pinned(str(session_id))
+            owner = chatbot._chatbot.pool.router.pinned(str(session_id))
             assert owner is not None
             kill(chatbot, owner)
         steps = chatbot.stream_chat(text, session_id=session_id, sequence_start=number == 0, sequence_end=False)

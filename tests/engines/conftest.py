@@ -1,32 +1,45 @@
 """The engines that the conformance suite runs on, and what tests of engines have in common."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from raylm.config import EngineConfig, OpenVINOConfig, SimulatedConfig
+from raylm.config import EngineConfig, HTTPConfig, OpenVINOConfig, SimulatedConfig, TritonConfig
 from raylm.engines.base import Engine
 from raylm.messages import Delta, FinishReason, Generated, GenerationConfig, Message, Request, Usage
 
+from .http_server import Toy
+from .triton_server import TritonServer
+
 MODEL = "smollm2-135m-instruct"
 
-CONFIGS: dict[str, EngineConfig] = {
-    "simulated": SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024),
-    "openvino": OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True),
+
+@contextmanager
+def http_config() -> Iterator[EngineConfig]:
+    """Settings of a client, as long as its server runs."""
+    with Toy().in_thread() as server:
+        yield HTTPConfig(url=server.url, capacity=8, max_context=server.max_context)
+
+
+@contextmanager
+def triton_config(model_name: str, *helpers: str) -> Iterator[EngineConfig]:
+    """Settings of a client, as long as a server with a model and its helpers runs."""
+    with TritonServer(models=[model_name, *helpers]) as server:
+        yield TritonConfig(address=server.address, model_name=model_name, capacity=8, session_len=1024)
+
+
+CONFIGS: dict[str, Callable[[], AbstractContextManager[EngineConfig]]] = {
+    "simulated": lambda: nullcontext(SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024)),
+    "openvino": lambda: nullcontext(OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True)),
+    "http": http_config,
+    "triton-vllm": lambda: triton_config("vllm"),
+    "triton-ensemble": lambda: triton_config("ensemble"),
+    "triton-llmapi": lambda: triton_config("tensorrt_llm"),
+    "triton-turbomind": lambda: triton_config("turbomind", "preprocessing", "postprocessing"),
 }
-"""The engines of the conformance suite by name; a new engine adds its settings here. Greedy text must not depend on
-what else the engine works on."""
-
-
-def build(config: EngineConfig) -> Engine:
-    """Return the engine that `config` describes, not started."""
-    if isinstance(config, OpenVINOConfig):
-        from raylm.engines.openvino import OpenVINOEngine
-
-        return OpenVINOEngine(config)
-    from raylm.engines.simulated import SimulatedEngine
-
-    return SimulatedEngine(config)
+"""The engines of the conformance suite by name; a new engine adds its settings here, with what has to run around it.
+Greedy text must not depend on what else the engine works on."""
 
 
 Prompt = str | tuple[Message, ...]
