@@ -1,6 +1,6 @@
 """Runs the seed's examples, each in a process of its own, and writes what they print to `../seed-examples.md`.
 
-For the virtual environment of `make test-lmdeploy`, from the root of the repository:
+From the root of the repository, with the virtual environments of `make test` and `make test-lmdeploy`:
 
     .venv-lmdeploy/bin/python -m docs.guides.seed_examples.run
 
@@ -20,21 +20,23 @@ from raylm import LMDeployServer
 from tests.engines.triton_server import TritonServer
 
 HERE = Path(__file__).parent
+OPENVINO = Path(".venv/bin/python")  # where `LMDeployPipeline` takes OpenVINO, on a machine without GPU
+LMDEPLOY = Path(sys.executable)
 HEAD = """# The seed's examples, as they run
 
 Each class of the seed with its own example: only imports, paths and addresses are changed. What follows each is what it
 printed. `stream_chat` yields the text so far, and the examples print it each time.
 
-SmolLM2-135M-Instruct is a small model, on lmdeploy's CPU engine here, and the Triton server has a toy for a model: the
-answers are no better than that. `python -m docs.guides.seed_examples.run` makes this page anew.
+SmolLM2-135M-Instruct is a small model, here on OpenVINO (`LMDeployPipeline`) and on lmdeploy's PyTorch engine on CPU, and
+the Triton server has a toy for a model: the answers are no better than that. `python -m docs.guides.seed_examples.run` makes this page anew.
 """
 
 
-def run(name: str, environment: Mapping[str, str]) -> str:
+def run(name: str, python: Path, environment: Mapping[str, str]) -> str:
     """Run one example and return its part of the page."""
     file = HERE / f"{name}.py"
     result = subprocess.run(  # noqa: S603 - our own examples
-        [sys.executable, str(file)], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
+        [str(python), str(file)], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
     )
     return f"\n## {name}.py\n\n```python\n{file.read_text()}```\n\n```text\n{result.stdout}```\n"
 
@@ -49,10 +51,10 @@ def api_server() -> Iterator[str]:
 def main() -> None:
     """Run all four."""
     with TritonServer(models=["vllm"]) as triton:
-        parts = [run("triton_client", {"TRITON": triton.address})]
-    parts += [run("lmdeploy_pipeline", {}), run("lmdeploy_server", {})]
+        parts = [run("triton_client", OPENVINO, {"TRITON": triton.address})]
+    parts += [run("lmdeploy_pipeline", OPENVINO, {}), run("lmdeploy_server", LMDEPLOY, {})]
     with api_server() as url:
-        parts.append(run("lmdeploy_client", {"API_SERVER": url}))
+        parts.append(run("lmdeploy_client", LMDEPLOY, {"API_SERVER": url}))
     (HERE.parent / "seed-examples.md").write_text(HEAD + "".join(parts))
 
 
