@@ -211,8 +211,7 @@ class AsyncLMDeployServer(AsyncChatbot):
             raise InvalidRequestError(
                 f"server_port: {replicas} servers cannot share port {server_port}; 0 takes a free one for each"
             )
-        if device == "cpu" and backend == "turbomind":
-            raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
+        _check_device(backend, device)
         config = (backend_config or APIServerConfig()).model_copy(
             update={
                 "path": path,
@@ -430,14 +429,18 @@ def _check_model(path: object, tp: int, replicas: int) -> None:
         raise InvalidRequestError(f"replicas and tp must be at least 1, got {replicas} and {tp}")
 
 
+def _check_device(backend: str, device: Device) -> None:
+    if backend == "turbomind" and device == "cpu":
+        raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
+
+
 def _engine_and_device(backend: str, device: Device) -> tuple[Literal["turbomind", "pytorch"], Literal["cuda", "cpu"]]:
     """Return which engine of lmdeploy is to run where, now that there is a cluster to look at."""
     if backend not in ("auto", "turbomind", "pytorch"):
         raise InvalidRequestError(f"backend: expected auto, turbomind, pytorch or openvino, got {backend!r}")
+    _check_device(backend, device)
     has_gpu = any(node.num_gpus for node in nodes())
     if backend == "turbomind" or (backend == "auto" and device != "cpu" and has_gpu):
-        if device == "cpu":
-            raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
         return "turbomind", "cuda"
     if device == "auto":
         device = "cuda" if has_gpu else "cpu"

@@ -120,11 +120,11 @@ class Step(msgspec.Struct, tag=True):
 
     Attributes:
         outputs: One a request that has something to say.
-        cache_usage: Share of the KV cache in use, 0 to 1; None where the engine does not tell.
+        cache_usage: Share of the KV cache in use, 0 to 1.
     """
 
     outputs: list[Output]
-    cache_usage: float | None
+    cache_usage: float
 
 
 class Pong(msgspec.Struct, tag=True):
@@ -148,6 +148,41 @@ def pack(message: msgspec.Struct) -> bytes:
     """
     body = _encode(message)
     return HEADER.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts what comes in, in whatever pieces, into the bodies of frames."""
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+
+    def feed(self, chunk: bytes) -> list[bytearray]:
+        """Take a piece, and return the bodies that are whole with it."""
+        received = self._received
+        received += chunk
+        bodies, start = [], 0
+        while (body := start + HEADER.size) <= len(received):
+            end = body + HEADER.unpack_from(received, start)[0]
+            if end > len(received):
+                break
+            bodies.append(received[body:end])
+            start = end
+        del received[:start]
+        return bodies
+
+
+def first_body(descriptor: int) -> bytearray:
+    """Wait for the first command on a file descriptor, behind which the parent sends nothing until it is answered.
+
+    Raises:
+        EOFError: the parent is gone.
+    """
+    frames = Frames()
+    while chunk := os.read(descriptor, 1 << 20):
+        if bodies := frames.feed(chunk):
+            (body,) = bodies
+            return body
+    raise EOFError
 
 
 def start_child() -> BinaryIO:
@@ -241,7 +276,7 @@ class ChildProcess:
         self._generations: dict[int, _Generation] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._num_tokens = 0
-        self._cache_usage: float | None = None
+        self._cache_usage = 0.0
 
     async def start(self, load: msgspec.Struct, *, timeout_s: float, attempts: int = 1) -> Ready:
         """Start a child and let it load. After a failure this may be called again.

@@ -34,16 +34,17 @@ from typing import Any, BinaryIO
 import msgspec
 
 from raylm.engines.child import (
-    HEADER,
     Add,
     Cancel,
     Command,
     Failure,
+    Frames,
     Output,
     Ping,
     Pong,
     Ready,
     Step,
+    first_body,
     pack,
     start_child,
 )
@@ -362,21 +363,14 @@ class Worker:
 
     def _listen(self, descriptor: int, loop: asyncio.AbstractEventLoop, tasks: asyncio.TaskGroup) -> None:
         """Read commands, in a thread: pings are answered in the middle of a forward pass that holds up the loop."""
-        received = bytearray()
+        frames = Frames()
         while chunk := os.read(descriptor, 1 << 20):
-            received += chunk
-            start = 0
-            while (body := start + HEADER.size) <= len(received):
-                end = body + HEADER.unpack_from(received, start)[0]
-                if end > len(received):
-                    break
-                command = _decode_command.decode(received[body:end])
+            for body in frames.feed(chunk):
+                command = _decode_command.decode(body)
                 if not isinstance(command, Ping):
                     loop.call_soon_threadsafe(self._obey, command, tasks)
                 elif time.monotonic() - self._healthy_at < _STALL_S:
                     self._send(Pong(command.key))  # else there is no answer, which says it as well
-                start = end
-            del received[:start]
         os._exit(0)  # the parent is gone: nobody is there to wait for an orderly end
 
     def _obey(self, command: Add | Cancel, tasks: asyncio.TaskGroup) -> None:
@@ -625,28 +619,11 @@ def _finish_reason(reason: str | None, num_tokens: int, room: int) -> FinishReas
     raise EngineError(f"lmdeploy ended the answer with {reason or 'no reason'}; send it again")
 
 
-def _await_load(descriptor: int) -> Load:
-    """Return the first command."""
-    with os.fdopen(os.dup(descriptor), "rb", buffering=0) as commands:
-
-        def read(num_bytes: int) -> bytes:
-            data = b""
-            while len(data) < num_bytes:
-                chunk = commands.read(num_bytes - len(data))
-                if not chunk:
-                    raise EOFError
-                data += chunk
-            return data
-
-        (length,) = HEADER.unpack(read(HEADER.size))
-        return _decode_load.decode(read(length))
-
-
 def main() -> None:
     """Run the worker on this process's stdin and stdout."""
     reports = start_child()
     try:
-        load = _await_load(0)
+        load = _decode_load.decode(first_body(0))
     except EOFError:
         return  # the parent is gone
     try:

@@ -1,43 +1,50 @@
-"""The child process of the OpenVINO engine, and what it and its parent say to each other.
+"""The child process of the OpenVINO engine.
 
 `ContinuousBatchingPipeline.step()` holds the GIL from beginning to end, up to hundreds of milliseconds, so it cannot
 share a process with an event loop. It runs here instead, in a plain loop:
 
     read the commands that are there -> one decode step -> one report of what every request produced
 
-Frames are a length (4 bytes, big-endian) and that many bytes of msgpack: commands on stdin, reports on what was stdout
-when the process started. The parent ends the process by killing it, and its death does too. An exception of the
-pipeline is not survived: its traceback on stderr is the last word.
+What `child.py` says about the conversation with the parent holds here. An exception of the pipeline is not survived:
+its traceback on stderr is the last word.
 
-The only importer of openvino_genai. It is imported late, so that the parent can import the messages.
+The only importer of openvino_genai. It is imported late, so that the parent can import `Load`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import select
-import signal
-import struct
-import sys
 from importlib.metadata import version
 from typing import Any, BinaryIO
 
 import msgspec
 
+from raylm.engines.child import (
+    Add,
+    Cancel,
+    Command,
+    Failure,
+    Frames,
+    Output,
+    Ping,
+    Pong,
+    Ready,
+    Step,
+    first_body,
+    pack,
+    start_child,
+)
 from raylm.errors import (
     ContextLengthError,
     EngineError,
     EngineStartError,
-    ErrorMessage,
     InvalidRequestError,
     RaylmError,
     to_message,
 )
 from raylm.messages import FinishReason, GenerationConfig, Message, Request
-
-HEADER = struct.Struct(">I")
 
 # Greedy text independent of the batch takes all three. Source: measured with openvino-genai 2026.4.
 _DETERMINISTIC = {
@@ -69,96 +76,8 @@ class Load(msgspec.Struct, tag=True):
     prefix_caching: bool
 
 
-class Add(msgspec.Struct, tag=True):
-    """Work on a request. Its last `Output`, and no other, has a finish reason or an error."""
-
-    key: int
-    request: Request
-
-
-class Cancel(msgspec.Struct, tag=True):
-    """Abort a request. Its last `Output` says that it is gone; one that has finished is passed over."""
-
-    key: int
-
-
-class Ping(msgspec.Struct, tag=True):
-    """Answer with a `Pong` between two steps."""
-
-    key: int
-
-
-class Ready(msgspec.Struct, tag=True):
-    """The model is loaded.
-
-    Attributes:
-        engine_version: Version of openvino-genai.
-        tokens: Token by id, as the tokenizer stores it, without special tokens.
-    """
-
-    engine_version: str
-    tokens: dict[int, bytes]
-
-
-class Failure(msgspec.Struct, tag=True):
-    """The model cannot be loaded; the process ends."""
-
-    error: ErrorMessage
-
-
-class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """What one request produced.
-
-    Attributes:
-        key: The request's.
-        prompt_tokens: Tokens of the prompt, without those of continued attempts.
-        token_ids: New tokens, the one that ended the sequence included.
-        logprobs: Log-probability of each of `token_ids`, if asked for.
-        finish_reason: Set when the request is no longer in the pipeline.
-        error: Set instead of `finish_reason` when it failed.
-    """
-
-    key: int
-    prompt_tokens: int
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    finish_reason: FinishReason | None = None
-    error: ErrorMessage | None = None
-
-
-class Step(msgspec.Struct, tag=True):
-    """What one decode step produced.
-
-    Attributes:
-        outputs: One a request that has something to say.
-        cache_usage: Share of the KV cache in use, 0 to 1.
-    """
-
-    outputs: list[Output]
-    cache_usage: float
-
-
-class Pong(msgspec.Struct, tag=True):
-    """The answer to the `Ping` of that key."""
-
-    key: int
-
-
-Command = Load | Add | Cancel | Ping
-Report = Ready | Failure | Step | Pong
-
-_encode = msgspec.msgpack.Encoder().encode
+_decode_load: msgspec.msgpack.Decoder[Load] = msgspec.msgpack.Decoder(Load)
 _decode_command: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-
-
-def pack(message: Command | Report) -> bytes:
-    """Return the frame of `message`.
-
-    Raises:
-        UnicodeEncodeError: a text in it is no valid Unicode.
-    """
-    body = _encode(message)
-    return HEADER.pack(len(body)) + body
 
 
 class _Running:
@@ -390,7 +309,7 @@ class _Commands:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._received = bytearray()
+        self._frames = Frames()
 
     def read(self, *, wait: bool) -> list[Command]:
         """Return the commands that have come; with `wait`, wait for more bytes first.
@@ -398,40 +317,29 @@ class _Commands:
         Raises:
             EOFError: the parent is gone.
         """
-        if wait or select.select([self._descriptor], [], [], 0)[0]:
-            chunk = os.read(self._descriptor, 1 << 20)
-            if not chunk:
-                raise EOFError
-            self._received += chunk
-        commands, start = [], 0
-        while (body := start + HEADER.size) <= len(self._received):
-            end = body + HEADER.unpack_from(self._received, start)[0]
-            if end > len(self._received):
-                break
-            commands.append(_decode_command.decode(self._received[body:end]))
-            start = end
-        del self._received[:start]
-        return commands
+        if not wait and not select.select([self._descriptor], [], [], 0)[0]:
+            return []
+        chunk = os.read(self._descriptor, 1 << 20)
+        if not chunk:
+            raise EOFError
+        return [_decode_command.decode(body) for body in self._frames.feed(chunk)]
 
 
-def _serve(commands: _Commands, reports: BinaryIO) -> None:
+def _serve(descriptor: int, reports: BinaryIO) -> None:
     """Load the model and decode until the parent is gone."""
 
-    def send(report: Report) -> None:
+    def send(report: Ready | Failure | Step | Pong) -> None:
         reports.write(pack(report))
         reports.flush()
 
-    while not (received := commands.read(wait=True)):
-        pass
-    (load,) = received
-    if not isinstance(load, Load):
-        raise TypeError(f"the first command is {type(load).__name__}, not Load")
+    load = _decode_load.decode(first_body(descriptor))
     try:
         worker = Worker.load(load)
     except RaylmError as error:
         send(Failure(to_message(error)))
         return
-    send(Ready(version("openvino-genai"), worker.tokens()))
+    send(Ready(version("openvino-genai"), worker.tokens(), load.max_context, load.capacity))
+    commands = _Commands(descriptor)
     while True:
         for command in commands.read(wait=worker.idle):
             match command:
@@ -449,16 +357,9 @@ def _serve(commands: _Commands, reports: BinaryIO) -> None:
 
 def main() -> None:
     """Run the worker on this process's stdin and stdout."""
-    # Ctrl-C reaches the whole process group; whether it ends this process is the parent's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h. The kernel ends this process even in the middle of a step.
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    # What a library prints on stdout goes to stderr, for it would break the frames.
-    reports = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    reports = start_child()
     try:
-        _serve(_Commands(0), reports)
+        _serve(0, reports)
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the parent is gone: nobody is there to wait for an orderly end
 
