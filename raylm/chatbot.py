@@ -30,7 +30,8 @@ from raylm.errors import (
     SessionNotFoundError,
 )
 from raylm.messages import Completion, GenerationConfig, Message, Request, Status
-from raylm.pool import Pool, PoolStatistics
+from raylm.pool import Pool
+from raylm.statistics import PoolStatistics
 from raylm.stream import Stream
 from raylm.template import MetaTemplate, parse_messages
 

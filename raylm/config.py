@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raylm.errors import InvalidRequestError
 
 Backend = Literal["auto", "turbomind", "pytorch", "openvino"]
 """Engines by the name that lmdeploy's users know them by; `auto` goes by the cluster's hardware."""
@@ -252,3 +256,134 @@ class PoolConfig(_Config):
     health_timeout_s: PositiveFloat = 10
     batch_share: float = Field(default=0.1, ge=0, le=1)
     max_pins: int = Field(default=1_000_000, ge=1)
+
+
+class EngineGroup(_Config):
+    """Actors with the same engine.
+
+    In a file it is flat: the engine's own settings, and `replicas` beside them.
+
+    Attributes:
+        engine: Settings of the engine.
+        replicas: Actors that host one each.
+    """
+
+    engine: EngineConfig
+    replicas: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and "engine" not in settings:
+            engine = {name: value for name, value in settings.items() if name != "replicas"}
+            return {"engine": engine, **({"replicas": settings["replicas"]} if "replicas" in settings else {})}
+        return settings
+
+
+class ModelConfig(_Config):
+    """A model that is served.
+
+    Attributes:
+        name: What clients call it.
+        engines: The actors that answer for it. They may be of different kinds.
+        meta_template: How messages become a prompt: `internlm2`, `chatml`, or a list in lagent's form. None uses the
+            model's own chat template.
+        pool: Limits of each gateway's pool.
+        sessions: Limits of its session store.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    engines: tuple[EngineGroup, ...] = Field(min_length=1)
+    meta_template: Literal["internlm2", "chatml"] | list[dict[str, Any]] | None = None
+    pool: PoolConfig = PoolConfig(max_queued=10_000)
+    sessions: SessionConfig = SessionConfig()
+
+    def slots(self) -> list[EngineConfig]:
+        """Return the engine of each slot."""
+        return [group.engine for group in self.engines for _ in range(group.replicas)]
+
+
+class GatewayConfig(_Config):
+    """How the endpoint answers HTTP.
+
+    Attributes:
+        replicas: Gateways. Any of them answers any request.
+        api_keys_env: Name of the environment variable that holds the API keys, separated by commas.
+        api_keys_file: File with one API key a line. Without keys from either, the endpoint asks for none.
+        max_body_bytes: A longer request body is refused with status 413.
+        max_prompts: Prompts and choices in one request, together.
+        request_timeout_s: Limit on queue and generation of one request; None: no limit.
+        heartbeat_s: A stream that is silent for this long gets a comment, so that nothing on the way closes it.
+        cors_origins: Origins whose pages may use the endpoint; none by default.
+        log_prompts: Write the text of requests into the log. Off by default.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    api_keys_env: str | None = None
+    api_keys_file: str | None = None
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    max_prompts: int = Field(default=2048, ge=1)
+    request_timeout_s: PositiveFloat | None = 3600
+    heartbeat_s: PositiveFloat = 15
+    cors_origins: tuple[str, ...] = ()
+    log_prompts: bool = False
+
+
+class ServeConfig(_Config):
+    """What `raylm serve` serves: the one config of the endpoint.
+
+    Attributes:
+        models: The models, by the names that clients use.
+        gateway: How the endpoint answers HTTP.
+    """
+
+    models: tuple[ModelConfig, ...] = Field(
+        default=(
+            ModelConfig(
+                name="smollm2-135m-instruct",
+                engines=(EngineGroup(engine=OpenVINOConfig(path="smollm2-135m-instruct")),),
+            ),
+        ),
+        min_length=1,
+    )
+    gateway: GatewayConfig = GatewayConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models: two have the same name among {', '.join(names)}")
+        return self
+
+    @classmethod
+    def parse(cls, settings: Any, where: str = "the configuration") -> Self:
+        """Return checked settings.
+
+        Args:
+            settings: What was read from a file or given as keyword arguments.
+            where: Where they are from, for error messages.
+
+        Raises:
+            InvalidRequestError: a name is unknown, or a value is wrong. The text names each.
+        """
+        try:
+            return cls.model_validate({} if settings is None else settings)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc']) or 'it'}: {problem['msg']}"
+                for problem in error.errors(include_url=False, include_context=False, include_input=False)
+            )
+            raise InvalidRequestError(f"{where} is wrong: {problems}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Return the settings in a YAML file.
+
+        Raises:
+            InvalidRequestError: it cannot be read, is not YAML, or says something wrong.
+        """
+        try:
+            settings = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidRequestError(f"{path} cannot be read: {error}") from None
+        return cls.parse(settings, str(path))

@@ -3,6 +3,7 @@
     RaylmError
     |- InvalidRequestError 400      a bad argument, an unknown role, an empty prompt
     |  |- ContextLengthError 400    the prompt is longer than the model's context
+    |  |- ModelNotFoundError 404    no model of that name is served
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
     |- SessionError
@@ -64,6 +65,12 @@ class InvalidRequestError(RaylmError):
 
 class ContextLengthError(InvalidRequestError):
     """The prompt is longer than the model's context."""
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """No model of that name is served."""
+
+    status_code = 404
 
 
 class PoisonRequestError(InvalidRequestError):

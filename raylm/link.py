@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from raylm.pool import Pool
 
 _MAX_START_FAILURES = 3
-"""A slot whose engine fails to start this often in a row counts as failed."""
+"""A slot whose engine fails to start this often in a row counts as failed. It is tried again all the same."""
+
+_MAX_BACKOFF_S = 60.0
+"""The longest pause between two attempts to start an engine."""
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
@@ -74,9 +77,8 @@ class Link:
                 num_failures += 1
                 if num_failures >= _MAX_START_FAILURES or not self.settled.done():
                     self._failed(cause)
-                    return
                 _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
-                await asyncio.sleep(2.0**num_failures)
+                await asyncio.sleep(min(2.0**num_failures, _MAX_BACKOFF_S))
                 continue
             num_failures = 0
             # A new name for every connection: what the actor still does for the old one is aborted by its lease.

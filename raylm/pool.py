@@ -27,8 +27,9 @@ import asyncio
 import itertools
 import logging
 import math
+import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from types import TracebackType
@@ -53,8 +54,9 @@ from raylm.errors import (
     from_message,
 )
 from raylm.link import Link, unwrap
-from raylm.messages import Completion, Delta, EngineStatistics, Lane, Receipt, Request, Usage
+from raylm.messages import Completion, Delta, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
+from raylm.statistics import MAX_FAILURES, FailedRequest, Histogram, PoolReport, PoolStatistics, SlotStatistics
 from raylm.stream import Stream
 
 _STREAM_TRIAL_S = 0.1
@@ -82,62 +84,6 @@ _HISTORY_FACTOR = 8
 """The bound is this many times the slowest of them."""
 
 _log = logging.getLogger(__name__)
-
-
-class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot at one moment.
-
-    Attributes:
-        slot: Its number.
-        state: `starting`, `up`, `suspected`, `down` or `failed`.
-        model: The model it serves, or "" before it has started.
-        device: Where that computes, for people, or "" before it has started.
-        num_running: Requests of this pool at the actor.
-        capacity: How many it takes.
-        outstanding_tokens: Tokens those requests may still need.
-        num_deaths: Actors lost in this slot.
-        pid: Process of its actor, on the actor's node; None before it has started.
-        gpus: The GPUs that Ray gave it, by their number on the node.
-        engine: The engine's own figures, as of the last poll.
-    """
-
-    slot: int
-    state: str
-    model: str
-    device: str
-    num_running: int
-    capacity: int
-    outstanding_tokens: int
-    num_deaths: int
-    pid: int | None
-    gpus: list[int]
-    engine: EngineStatistics | None
-
-
-class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A pool at one moment, and what it has done so far.
-
-    Attributes:
-        slots: Its slots, by number.
-        num_waiting: Requests in the queue.
-        num_running: Requests at actors.
-        num_finished: Requests answered.
-        num_failed: Requests that ended with an error.
-        num_aborted: Requests that their clients left before the end.
-        num_moved: Attempts that were lost and taken up elsewhere.
-        num_tokens: Tokens of answered requests.
-        first_token_timeout_s: The watchdog's bound at present.
-    """
-
-    slots: tuple[SlotStatistics, ...]
-    num_waiting: int
-    num_running: int
-    num_finished: int
-    num_failed: int
-    num_aborted: int
-    num_moved: int
-    num_tokens: int
-    first_token_timeout_s: float
 
 
 class _AbortedError(RaylmError):
@@ -179,11 +125,11 @@ class Pool:
 
     Args:
         config: Limits and bounds.
-        replace: Called with a slot number when its actor fails a health check. It ends the actor's process; where the
-            actor is restarted, the pool finds the new one by itself.
+        replace: Called with a slot's number and its actor's process when that fails a health check. It ends the
+            process; where the actor is restarted, the pool finds the new one by itself.
     """
 
-    def __init__(self, config: PoolConfig | None = None, replace: Callable[[int], None] | None = None) -> None:
+    def __init__(self, config: PoolConfig | None = None, replace: Callable[[int, int], None] | None = None) -> None:
         self.config = config or PoolConfig()
         self.loop = asyncio.get_running_loop()
         self.pool_id = uuid.uuid4().hex[:12]
@@ -202,7 +148,10 @@ class Pool:
         self._first_tokens: deque[float] = deque(maxlen=_HISTORY)  # seconds
         self._first_token_timeout_s = self.config.first_token_timeout_s
         self._last_start_error: RaylmError | None = None
-        self._num_finished = self._num_failed = self._num_aborted = self._num_moved = self._num_tokens = 0
+        self._num_finished = self._num_failed = self._num_aborted = self._num_tokens = self._num_attempts = 0
+        self._moves: Counter[str] = Counter()
+        self._failures: deque[FailedRequest] = deque(maxlen=MAX_FAILURES)
+        self._first_token_s, self._token_gap_s, self._queue_s = Histogram(), Histogram(), Histogram()
         self._closed = False
         self._own(self._watch())
 
@@ -229,6 +178,10 @@ class Pool:
         link = self._links[number] = Link(self, number, actor)
         self._own(link.run())
         return link.settled
+
+    def settled(self) -> list[asyncio.Future[None]]:
+        """Return for each slot what `attach` returned."""
+        return [link.settled for link in self._links.values()]
 
     async def aclose(self) -> None:
         """Fail what is still waiting or running, and leave the actors. Ends every task of this pool."""
@@ -287,6 +240,14 @@ class Pool:
             stream._silence = _Silence(self, [stream], silence_s)
         self._enqueue(stream)
         return stream
+
+    def cancel(self, request_id: str) -> bool:
+        """Abort the requests of that id, also inside the engine; return whether there was one."""
+        running = [stream for link in self._links.values() for stream in link.streams.values()]
+        found = [stream for stream in [*self._waiting(), *running] if stream.request.request_id == request_id]
+        for stream in found:
+            stream.abort()
+        return bool(found)
 
     async def generate(
         self,
@@ -369,6 +330,8 @@ class Pool:
                 capacity=link.info.engine.capacity if link.info else 0,
                 outstanding_tokens=self.router.load(number) if link.info else 0,
                 num_deaths=link.num_deaths,
+                actor=link.info.actor if link.info else "",
+                node=link.info.node if link.info else "",
                 pid=link.info.pid if link.info else None,
                 gpus=link.info.gpus if link.info else [],
                 engine=link.statistics,
@@ -382,9 +345,21 @@ class Pool:
             num_finished=self._num_finished,
             num_failed=self._num_failed,
             num_aborted=self._num_aborted,
-            num_moved=self._num_moved,
+            num_attempts=self._num_attempts,
+            num_moved=self._moves.total(),
+            moves=dict(self._moves),
             num_tokens=self._num_tokens,
             first_token_timeout_s=self._first_token_timeout_s,
+        )
+
+    def report(self) -> PoolReport:
+        """Return everything that is to be known of this pool from outside."""
+        return PoolReport(
+            statistics=self.statistics(),
+            first_token_s=self._first_token_s,
+            token_gap_s=self._token_gap_s,
+            queue_s=self._queue_s,
+            failures=list(self._failures),
         )
 
     def __repr__(self) -> str:
@@ -479,6 +454,7 @@ class Pool:
         stream._watched = True
         stream._on_trial = stream._suspect
         stream._heard_at = now
+        self._num_attempts += 1
         link.streams[stream._key] = stream
         link.unsent.add(stream._key)
         if stream._on_trial:
@@ -516,6 +492,8 @@ class Pool:
             self._num_aborted += 1
         elif error is not None:
             self._num_failed += 1
+            failed = FailedRequest(time.time(), type(error).__name__, error.message, stream.request.request_id)
+            self._failures.append(failed)
         stream._wake()
         if stream._ended is not None:
             stream._ended()
@@ -525,6 +503,11 @@ class Pool:
         if link is None or link.info is None or reservation is None:
             raise AssertionError("unreachable: only a running stream has deltas")
         info = link.info
+        now = self.loop.time()
+        self._queue_s.observe(stream._queue_s)
+        self._first_token_s.observe(stream._first_token_at - stream._started_at)
+        if last.num_tokens > 1:
+            self._token_gap_s.observe((now - stream._first_token_at) / (last.num_tokens - 1))
         self._num_finished += 1
         self._num_tokens += last.num_tokens
         receipt = Receipt(
@@ -565,7 +548,7 @@ class Pool:
         if cause != "died":
             stream._avoid.add(link.number)
         stream._moved = cause
-        self._num_moved += 1
+        self._moves[cause] += 1
         self._enqueue(stream, first=True)
 
     def _abandon(self, stream: Stream) -> None:
@@ -639,6 +622,8 @@ class Pool:
         if not stream._spoke:
             stream._spoke = True
             self._first_tokens.append(now - stream._heard_at)
+            if not stream._first_token_at:
+                stream._first_token_at = now
             stream._acquit_at = now + (_STREAM_TRIAL_S if stream.request.stream else _TRIAL_S)
         elif now >= stream._acquit_at and stream._reservation is not None:
             stream._on_trial = stream._suspect = False
@@ -698,8 +683,8 @@ class Pool:
                     await asyncio.sleep(_UPSTREAM_PROBE_S)
                     continue
                 _log.warning("slot %d fails its health check: %s", link.number, cause or "no answer")
-                if self._replace is not None:
-                    self._replace(link.number)
+                if self._replace is not None and link.info is not None:
+                    self._replace(link.number, link.info.pid)
                     return
                 await asyncio.sleep(self.config.health_timeout_s)
             else:

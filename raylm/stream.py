@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import msgspec
+
 from raylm.errors import RaylmError
 from raylm.messages import Completion, Delta, Generated, Lane, Receipt, Request
 from raylm.routing import Reservation
@@ -38,6 +40,7 @@ class Stream:
         "_ended",
         "_enqueued_at",
         "_error",
+        "_first_token_at",
         "_fruitless",
         "_heard_at",
         "_key",
@@ -53,6 +56,7 @@ class Stream:
         "_session_id",
         "_silence",
         "_spoke",
+        "_started_at",
         "_suspect",
         "_tokens",
         "_waiter",
@@ -86,6 +90,8 @@ class Stream:
         self._on_trial = False
         self._heard_at = 0.0
         # All attempts:
+        self._started_at = pool.loop.time()
+        self._first_token_at = 0.0
         self._attempts = 0
         self._fruitless = 0  # in a row, without a new token
         self._avoid: set[int] = set()
@@ -119,6 +125,58 @@ class Stream:
                 self._waiter = None
         self._num_read = index + 1
         return deltas[index]
+
+    async def news(self) -> Delta | None:
+        """Wait for something to tell, and return all of it in one delta.
+
+        Returns:
+            Everything that has come since the last call: one delta when it is called often enough, and fewer and
+            fuller ones for a slow reader. None when there was nothing but a `nudge`.
+
+        Raises:
+            StopAsyncIteration: the request has been answered, and all of it was returned.
+            RaylmError: the request failed; what came before the failure was returned first.
+        """
+        deltas, index = self._deltas, self._num_read
+        if index == len(deltas):
+            if not self.done:
+                await self._news()
+            if index == len(deltas):
+                if self._receipt is not None:
+                    raise StopAsyncIteration
+                if self._error is not None:
+                    raise self._error
+                return None
+        end = self._num_read = len(deltas)
+        if end == index + 1:
+            return deltas[index]
+        delta = msgspec.structs.replace(deltas[index])
+        for later in deltas[index + 1 : end]:
+            delta.extend(later)
+        return delta
+
+    def nudge(self) -> None:
+        """Have `news` return now, even without any."""
+        self._wake()
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """How the answer came about, once it is whole."""
+        return self._receipt
+
+    @property
+    def attempt(self) -> dict[str, str]:
+        """How it goes at present: `slot`, `actor`, `why`, `queue_ms` and `attempts`; empty while it waits."""
+        link, reservation = self._link, self._reservation
+        if link is None or link.info is None or reservation is None:
+            return {}
+        return {
+            "slot": str(link.number),
+            "actor": link.info.actor,
+            "why": f"moved:{self._moved}" if self._moved else reservation.why,
+            "queue-ms": f"{self._queue_s * 1e3:.3f}",
+            "attempts": str(self._attempts),
+        }
 
     @property
     def done(self) -> bool:

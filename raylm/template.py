@@ -252,3 +252,15 @@ def _convert(item: object, kind: type[StructT], where: str) -> StructT:
     except msgspec.ValidationError as error:
         reason = str(error).replace(" - at `$.", " for `")
         raise InvalidRequestError(f"{where}: {reason[:1].lower()}{reason[1:]}; fields are {fields}") from None
+
+
+def named_template(template: str | Sequence[Mapping[str, Any]] | None) -> MetaTemplate | None:
+    """Return the template that a configuration names (`internlm2`, `chatml`) or spells out.
+
+    Raises:
+        InvalidRequestError: it is not in lagent's form.
+    """
+    if template is None:
+        return None
+    named = {"internlm2": INTERNLM2_META, "chatml": CHATML_META}
+    return MetaTemplate.parse(named[template] if isinstance(template, str) else template)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylm.actors.cluster import nodes
@@ -32,6 +32,9 @@ _PLACEMENT_TIMEOUT_S = 120.0
 
 _CLOSE_TIMEOUT_S = 10.0
 """How long an engine has to close before its process is killed."""
+
+NAMESPACE = "raylm"
+"""Ray namespace of the actors that have names."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,14 +64,16 @@ class PoolManager:
         self.actors = actors
         self.sessions = sessions
         self._groups = groups  # placement groups of the actors that have one
+        self._replaced: dict[int, int] = {}  # by slot, the process that was ended last
 
     @classmethod
-    async def start(cls, engines: Sequence[EngineConfig], sessions: SessionConfig) -> Self:
+    async def start(cls, engines: Sequence[EngineConfig], sessions: SessionConfig, *, name: str | None = None) -> Self:
         """Create the actors; returns when their processes are up. Their engines start when a pool attaches to them.
 
         Args:
             engines: Settings of each slot's engine.
             sessions: Limits of the session store.
+            name: Of the pool, for actors that outlive this process. Those that exist under it are taken over.
 
         Raises:
             PlacementError: they do not fit, or the cluster is too busy to take them.
@@ -78,16 +83,17 @@ class PoolManager:
             plan(nodes(), kind, sum(shape(config) == kind for config in engines))
         create = ray.remote(EngineActor)
         actors, groups = [], []
-        for config in engines:
-            options = shape(config).actor_options()
+        for slot, config in enumerate(engines):
+            options = shape(config).actor_options() | _named(name, f"slot-{slot}")
             if shape(config).grouped:
                 # The group outlives the actor's process: Ray starts the next one in its place.
-                groups.append(placement_group(shape(config).bundles(), strategy="STRICT_PACK"))
+                groups.append(_group(shape(config), name and f"raylm:{name}:slot-{slot}"))
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     groups[-1], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
                 )
             actors.append(create.options(**options).remote(config.model_dump_json()))
-        store = ray.remote(MemorySessionStore).options(num_cpus=0, max_restarts=-1).remote(sessions)
+        options = {"num_cpus": 0, "max_restarts": -1} | _named(name, "sessions")
+        store = ray.remote(MemorySessionStore).options(**options).remote(sessions)
         manager = cls(actors, store, groups)
         try:
             async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
@@ -106,9 +112,18 @@ class PoolManager:
             raise
         return manager
 
-    def replace(self, slot: int) -> None:
-        """End the process of a slot's actor; Ray starts a new one in its place."""
-        _log.warning("the actor of slot %d is replaced", slot)
+    def replace(self, slot: int, pid: int) -> None:
+        """End the process of a slot's actor; Ray starts a new one in its place.
+
+        Args:
+            slot: The slot.
+            pid: The process that is to be replaced. When that has been done, this does nothing: of several pools that
+                find the same actor hanging, only the first has it replaced.
+        """
+        if self._replaced.get(slot) == pid:
+            return
+        self._replaced[slot] = pid
+        _log.warning("the actor of slot %d, process %d, is replaced", slot, pid)
         ray.kill(self.actors[slot], no_restart=False)
 
     async def aclose(self) -> None:
@@ -129,3 +144,19 @@ class PoolManager:
             _log.warning(
                 "an engine did not close in order and is killed: %s", str(error).partition("\n")[0] or "silent"
             )
+
+
+def _named(pool: str | None, part: str) -> dict[str, Any]:
+    """Return the options of an actor that outlives its maker and is taken over by the next one; none without a name."""
+    if pool is None:
+        return {}
+    return {"name": f"{pool}:{part}", "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+
+
+def _group(wanted: Shape, name: str | None) -> Any:
+    if name is None:
+        return placement_group(wanted.bundles(), strategy="STRICT_PACK")
+    try:
+        return get_placement_group(name)
+    except ValueError:  # there is none
+        return placement_group(wanted.bundles(), strategy="STRICT_PACK", name=name, lifetime="detached")

@@ -1,0 +1,157 @@
+"""ServedPool: a pool on the actors of a served model, whoever else uses them.
+
+Its slots are those that the model's manager publishes, its sessions are in the store that all pools of the model share,
+and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, Self
+
+import msgspec
+import ray
+import ray.exceptions
+
+from raylm.actors.manager_actor import Membership, find
+from raylm.config import ModelConfig
+from raylm.conversation import Conversations
+from raylm.errors import RaylmError
+from raylm.pool import Pool
+from raylm.statistics import ModelState
+from raylm.template import MetaTemplate, named_template
+
+_RETRY_S = 0.2
+"""Pause between two calls of a manager that is being restarted."""
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+_decode_state = msgspec.msgpack.Decoder(ModelState).decode
+
+
+class ServedPool:
+    """A pool, its sessions and its template. Use as an async context manager, or call `aclose`.
+
+    Make it with `open`.
+
+    Attributes:
+        config: What is served.
+        pool: The pool.
+        conversations: Its sessions.
+        template: How messages become a prompt; None: the model's own chat template.
+    """
+
+    def __init__(self, manager: Any, config: ModelConfig, pool: Pool, conversations: Conversations) -> None:
+        self.config = config
+        self.pool = pool
+        self.conversations = conversations
+        self.template: MetaTemplate | None = named_template(config.meta_template)
+        self._manager = manager
+        self._version = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def open(cls, model: str) -> Self:
+        """Join the pools of a served model; returns once the slots are known, up or not.
+
+        Raises:
+            ModelNotFoundError: no model of that name is served on this cluster.
+            PlacementError: its actors do not fit.
+        """
+        manager = await asyncio.to_thread(find, model)
+        try:
+            config = ModelConfig.model_validate_json(await manager.start.remote())
+            store = await manager.sessions.remote()
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, RaylmError) else error) from None
+        served: Self
+
+        def replace(slot: int, pid: int) -> None:
+            served._own(served._replace(slot, pid))
+
+        pool = Pool(config.pool, replace=replace)
+        served = cls(manager, config, pool, Conversations(pool, store))
+        await served._watch_once()
+        served._own(served._watch())
+        return served
+
+    async def ready(self) -> None:
+        """Wait until every slot is up.
+
+        Raises:
+            EngineStartError: an engine did not start; the text says what to do.
+        """
+        await asyncio.gather(*self.pool.settled())
+
+    async def state(self) -> ModelState:
+        """Return what all pools of the model do.
+
+        Raises:
+            ray.exceptions.RayActorError: the manager is being restarted.
+        """
+        state = _decode_state(await self._manager.state.remote())
+        state.num_sessions = await self.conversations.num_sessions()
+        return state
+
+    async def cancel(self, request_id: str) -> bool:
+        """Abort a request, here or in any other pool; return whether it was here."""
+        if self.pool.cancel(request_id):
+            return True
+        await self._manager.cancel.remote(request_id)
+        return False
+
+    async def aclose(self) -> None:
+        """Leave. Requests of this pool that are still running fail; the actors go on for others."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.pool.aclose()
+        with suppress(ray.exceptions.RayActorError):
+            await self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _watch_once(self) -> None:
+        report = _encode(self.pool.report())
+        membership: Membership = await self._manager.watch.remote(self.pool.pool_id, self._version, report)
+        self._version = membership.version
+        for slot, actor in membership.actors.items():
+            self.pool.attach(slot, actor)
+        for request_id in membership.cancelled:
+            self.pool.cancel(request_id)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await self._watch_once()
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(_RETRY_S)
+            except ray.exceptions.RayTaskError as error:
+                _log.warning("the manager of %s does not answer: %s", self.config.name, error.cause)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _replace(self, slot: int, pid: int) -> None:
+        while True:
+            try:
+                await self._manager.replace.remote(slot, pid)
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._disown)
+
+    def _disown(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            task.get_loop().call_exception_handler({"message": "a served pool broke", "exception": error})
