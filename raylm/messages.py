@@ -57,7 +57,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """How to generate. Defaults are those of the seed's classes.
 
     Attributes:
-        max_new_tokens: Limit on generated tokens, >= 1.
+        max_new_tokens: Limit on generated tokens, >= 1; with `echo` also 0, for the prompt alone.
         min_new_tokens: End of sequence is not accepted before this many tokens, >= 0.
         temperature: >= 0; 0 is greedy decoding.
         top_p: In (0, 1]; nucleus of probability mass to sample from.
@@ -66,10 +66,15 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         stop_words: Texts that end the generation and are not part of it.
         seed: Seed of the sampling; None lets the engine choose.
         ignore_eos: Go on after the end of sequence, up to `max_new_tokens`.
-        logprobs: Also return the log-probability of each generated token.
+        logprobs: Also return the log-probability of each generated token, and with `echo` of the prompt's.
+        top_logprobs: Also return as many of the likeliest tokens at each place, 0 to 20. Needs `logprobs`.
+        echo: Also return the tokens of the prompt.
+        presence_penalty: -2 to 2; taken off the score of each token that was generated before. 0 is none.
+        frequency_penalty: The same, times how often it was.
+        json_schema: The text of a JSON schema that the answer has to match. None: any text.
     """
 
-    max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT)] = 512
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)] = 512
     min_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)] = 0
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.8
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
@@ -79,6 +84,11 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     seed: Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)] | None = None
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
+    echo: bool = False
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    json_schema: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -116,6 +126,10 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise InvalidRequestError(
                 f"min_new_tokens is {config.min_new_tokens}, more than max_new_tokens {config.max_new_tokens}"
             )
+        if not config.max_new_tokens and not config.echo:
+            raise InvalidRequestError("max_new_tokens: expected `int` >= 1, or echo=True, got 0")
+        if config.top_logprobs and not config.logprobs:
+            raise InvalidRequestError("top_logprobs: needs logprobs=True")
         return config
 
 
@@ -143,11 +157,12 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One generation. Exactly one of `prompt` and `messages` is set.
+    """One generation. Exactly one of `prompt`, `prompt_token_ids` and `messages` is set.
 
     Attributes:
         request_id: Chosen by the client, unique among its running requests.
         prompt: Raw text; no template is applied.
+        prompt_token_ids: The model's tokens, taken as they are.
         messages: A conversation; the engine applies its model's own chat template.
         config: How to generate.
         stream: True to see deltas as they are produced. False lets the actor hold them back: at most one a second
@@ -160,6 +175,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     request_id: str
     prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
     config: GenerationConfig = GenerationConfig()
     stream: bool = True
@@ -182,6 +198,44 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int | None = None
 
 
+Candidates = tuple[tuple[str, float], ...]
+"""The likeliest tokens at one place, the likeliest first: text and log-probability of each. A text is spelled as in
+`Details.token_texts`."""
+
+
+class Details(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    r"""What is told of tokens beyond their text. Each tuple has an entry for each token, or is empty.
+
+    Attributes:
+        token_texts: Text of each of the delta's `token_ids`. One that is no whole characters by itself is spelled
+            `bytes:\xe2\x82`, with the value of each byte; one that has no text, such as a special token, is "".
+        top_logprobs: As many candidates for each of them as `GenerationConfig.top_logprobs` says.
+        prompt_token_ids: The prompt's tokens. With `echo` they are in the request's first delta, and in no other.
+        prompt_token_texts: The text of each.
+        prompt_logprobs: The log-probability of each, after those before it. Nothing is before the first; its own says
+            nothing and is 0.0.
+        prompt_top_logprobs: The candidates for each; none for the first.
+    """
+
+    token_texts: tuple[str, ...] = ()
+    top_logprobs: tuple[Candidates, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_token_texts: tuple[str, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[Candidates, ...] = ()
+
+    def __add__(self, later: Details) -> Details:
+        """Return what this and the delta that followed tell together."""
+        return Details(
+            self.token_texts + later.token_texts,
+            self.top_logprobs + later.top_logprobs,
+            self.prompt_token_ids + later.prompt_token_ids,
+            self.prompt_token_texts + later.prompt_token_texts,
+            self.prompt_logprobs + later.prompt_logprobs,
+            self.prompt_top_logprobs + later.prompt_top_logprobs,
+        )
+
+
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one request produced since its previous delta.
 
@@ -192,6 +246,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         logprobs: Log-probability of each of `token_ids`, if asked for.
         finish_reason: Set on the last delta alone.
         usage: Set on the last delta alone.
+        details: What else there is to tell of tokens; None unless `logprobs` or `echo` asked for it.
     """
 
     # Tuples, because an empty one costs nothing: a pool keeps all deltas of the requests that are running.
@@ -201,6 +256,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    details: Details | None = None  # one field for all of it, because nearly every delta has none
 
     def extend(self, later: Delta) -> None:
         """Append the delta that followed this one, in place."""
@@ -210,6 +266,8 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason
         self.usage = later.usage
+        if later.details is not None:
+            self.details = later.details if self.details is None else self.details + later.details
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,6 +343,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         receipt: How it came about.
         token_ids: Generated token ids, or empty where the engine does not tell.
         logprobs: Log-probability of each of `token_ids`, if asked for.
+        details: What else there is to tell of tokens; None unless `logprobs` or `echo` asked for it.
     """
 
     request_id: str
@@ -294,3 +353,4 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     receipt: Receipt
     token_ids: list[int] = []
     logprobs: list[float] = []
+    details: Details | None = None

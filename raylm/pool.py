@@ -84,6 +84,7 @@ _HISTORY_FACTOR = 8
 """The bound is this many times the slowest of them."""
 
 _log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class _AbortedError(RaylmError):
@@ -315,6 +316,26 @@ class Pool:
                 silence.stop()
             for stream in streams.values():
                 stream.abort()
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the ids of the prompt's tokens, as an engine of this pool would read it. Generates nothing.
+
+        Raises:
+            InvalidRequestError: the engines cannot tell, or cannot take that prompt.
+            NoActorError: no slot is up.
+        """
+        message = _encode(request)
+        for link in sorted(self._links.values(), key=lambda link: len(link.streams)):
+            if link.state != "up":
+                continue
+            try:
+                token_ids: list[int] = await link.actor.tokenize.remote(message)
+            except ray.exceptions.RayActorError:
+                continue  # the poll in flight tells too
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from None
+            return token_ids
+        raise NoActorError("no slot of the pool is up; wait until an engine has started, and try again")
 
     # What the pool says of itself
 

@@ -7,6 +7,7 @@ because every delta touches them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from raylm.errors import RaylmError
-from raylm.messages import Completion, Delta, Generated, Lane, Receipt, Request
+from raylm.messages import Completion, Delta, Details, Generated, Lane, Receipt, Request
 from raylm.routing import Reservation
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Stream:
         self._session_id = session_id
         # What the slot has to do for it. Four characters a token: good enough to compare loads.
         length = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
-        self._tokens = length // 4 + request.config.max_new_tokens
+        self._tokens = length // 4 + len(request.prompt_token_ids or ()) + request.config.max_new_tokens
         self._deltas: list[Delta] = []  # of all attempts; what an attempt of its own has to continue
         self._num_read = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -217,7 +218,16 @@ class Stream:
             receipt=self._receipt,
             token_ids=[token for delta in self._deltas for token in delta.token_ids],
             logprobs=[logprob for delta in self._deltas for logprob in delta.logprobs],
+            details=self._details(),
         )
+
+    def _details(self) -> Details | None:
+        told = [delta.details for delta in self._deltas if delta.details is not None]
+        if not told:
+            return None
+        # Column by column: adding one to the next would take the square of their number.
+        columns = zip(*map(msgspec.structs.astuple, told), strict=True)
+        return Details(*(tuple(itertools.chain.from_iterable(column)) for column in columns))
 
     def abort(self) -> None:
         """End the request now, also inside the engine. Does nothing once it is done."""

@@ -91,6 +91,7 @@ class ActorInfo(msgspec.Struct, frozen=True):
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_submission = msgspec.msgpack.Decoder(Submission).decode
+_decode_request = msgspec.msgpack.Decoder(Request).decode
 _engine_config: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
 
 
@@ -254,6 +255,18 @@ class EngineActor:
             for work in client.work.values():
                 if work.task is not None:
                     work.task.cancel()
+
+    async def tokenize(self, request: bytes) -> list[int]:
+        """Return the ids of the prompt's tokens of a `Request`.
+
+        Raises:
+            InvalidRequestError: the engine cannot tell, or cannot take that prompt.
+        """
+        try:
+            return list(await self._engine.tokenize(_decode_request(request)))
+        except ActorLostError as error:
+            self._die(error)
+            raise
 
     async def check_health(self) -> None:
         """Raise the engine's own word when it cannot work."""

@@ -1,7 +1,7 @@
 """The contract between an engine and everything above it.
 
 An engine turns one `Request` into a stream of `Delta`s. It knows nothing of Ray, actors, sessions or other replicas.
-The author of a new engine writes these five methods, adds its settings to `config.py`, and runs the public conformance
+The author of a new engine writes these six methods, adds its settings to `config.py`, and runs the public conformance
 suite, `tests/engines/test_conformance.py`, on it.
 
 The rules that the suite checks:
@@ -12,6 +12,7 @@ The rules that the suite checks:
 4.  Cancelling the task that runs `generate` aborts the request inside the engine within one decode step.
 5.  `request.generated` is what the request has already produced elsewhere: generation goes on after it, and only what
     follows is emitted. It counts against `max_new_tokens`.
+    With `echo` the first delta of a request that continues nothing has the prompt's tokens, even if no text.
 6.  `check_health` answers while generation runs.
 7.  `ActorLostError` from `generate` or `check_health` says that the engine is dead for good: its actor is replaced.
 """
@@ -28,7 +29,7 @@ Emit = Callable[[Delta], None]
 
 
 class Engine(Protocol):
-    """Five methods on one event loop."""
+    """Six methods on one event loop."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Called once, before anything else.
@@ -50,6 +51,15 @@ class Engine(Protocol):
             ContextLengthError: the prompt leaves no room for a token.
             InvalidRequestError: this engine cannot honour a field; the text names it.
             EngineError: this generation failed.
+            ActorLostError: the engine is dead for good.
+        """
+        ...
+
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the ids of the prompt's tokens, those of a chat template included. Generates nothing.
+
+        Raises:
+            InvalidRequestError: this engine cannot tell, and says that it cannot count tokens; or as for `generate`.
             ActorLostError: the engine is dead for good.
         """
         ...
