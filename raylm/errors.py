@@ -4,6 +4,7 @@
     |- InvalidRequestError 400      a bad argument, an unknown role, an empty prompt
     |  |- ContextLengthError 400    the prompt is longer than the model's context
     |  |- ModelNotFoundError 404    no model of that name is served
+    |  |- RequestTooLargeError 413  the HTTP body is longer than the endpoint takes
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
     |- SessionError
@@ -19,6 +20,7 @@
     |- UpstreamError 502            the server behind a client actor failed
     |  `- ProtocolError 502         ... or answered with something that cannot be understood
     |- RequestTimeoutError 504      the request's deadline passed
+    |- RequestCancelledError 499    somebody asked for the request to be cancelled
     `- PartialFailureError          some rows of a list failed; `results` has every row
 
 `status_code` is the HTTP status of each; `retryable` says whether the same request may succeed when sent again.
@@ -71,6 +73,12 @@ class ModelNotFoundError(InvalidRequestError):
     """No model of that name is served."""
 
     status_code = 404
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """The body of an HTTP request is longer than the endpoint takes."""
+
+    status_code = 413
 
 
 class PoisonRequestError(InvalidRequestError):
@@ -157,6 +165,12 @@ class RequestTimeoutError(RaylmError):
 
     status_code = 504
     retryable = True
+
+
+class RequestCancelledError(RaylmError):
+    """The request was cancelled before its end."""
+
+    status_code = 499
 
 
 class PartialFailureError(RaylmError):

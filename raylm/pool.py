@@ -49,6 +49,7 @@ from raylm.errors import (
     PoisonRequestError,
     PoolSaturatedError,
     RaylmError,
+    RequestCancelledError,
     RequestTimeoutError,
     UpstreamError,
     from_message,
@@ -85,10 +86,6 @@ _HISTORY_FACTOR = 8
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class _AbortedError(RaylmError):
-    """The request's own client ended it."""
 
 
 class _Silence:
@@ -509,7 +506,7 @@ class Pool:
             stream._deadline.cancel()
         if stream._silence is not None:
             stream._silence.stop()
-        if isinstance(error, _AbortedError):
+        if isinstance(error, RequestCancelledError):
             self._num_aborted += 1
         elif error is not None:
             self._num_failed += 1
@@ -578,7 +575,7 @@ class Pool:
             return
         if stream._link is not None:
             stream._link.cancel([stream._key])
-        self._settle(stream, error=_AbortedError("the request was aborted by its client"))
+        self._settle(stream, error=RequestCancelledError("the request was cancelled"))
 
     def _expire(self, stream: Stream, what: str) -> None:
         if stream.done:

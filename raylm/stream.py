@@ -132,10 +132,10 @@ class Stream:
 
         Returns:
             Everything that has come since the last call: one delta when it is called often enough, and fewer and
-            fuller ones for a slow reader. None when there was nothing but a `nudge`.
+            fuller ones for a slow reader. The one with a finish reason is the last: ask for no more after it. None
+            when there was nothing but a `nudge`.
 
         Raises:
-            StopAsyncIteration: the request has been answered, and all of it was returned.
             RaylmError: the request failed; what came before the failure was returned first.
         """
         deltas, index = self._deltas, self._num_read
@@ -143,8 +143,6 @@ class Stream:
             if not self.done:
                 await self._news()
             if index == len(deltas):
-                if self._receipt is not None:
-                    raise StopAsyncIteration
                 if self._error is not None:
                     raise self._error
                 return None

@@ -5,8 +5,8 @@
     cancel(request)                  asks every client to abort a request
     state()                          what all clients have told, added up
 
-A client is a pool: that of a gateway, or of a program that has called `raylm.connect`. Everything is named and detached,
-so a manager that has died finds its actors again, and they have not noticed.
+A client is a pool: that of a gateway, or of a program that has called `raylm.connect`. Everything is named and
+detached, so a manager that has died finds its actors again, and they have not noticed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""The Serve application: `raylm.serve:build_app` in a Serve config file, or `raylm serve`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import DeploymentConfig  # noqa: F401
+
+from raylm import heap
+from raylm.config import ServeConfig
+
+_MAX_ONGOING_REQUESTS = 100_000
+"""Of one gateway. The pool's `max_queued` is the limit: it knows what waits and what streams."""
+
+
+def build_app(args: dict[str, Any] | ServeConfig | None = None) -> Application:
+    """Return the application that serves the models of a configuration.
+
+    Args:
+        args: A `ServeConfig`, or what is in its YAML file. None serves the built-in model on CPU.
+
+    Raises:
+        InvalidRequestError: a setting is unknown or wrong; the text names it.
+    """
+    config = args if isinstance(args, ServeConfig) else ServeConfig.parse(args)
+
+    def build() -> Any:
+        from raylm.serve.gateway import build_gateway
+
+        _log_to_stderr()
+        heap.settle()
+        return build_gateway(config)
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
+        graceful_shutdown_timeout_s=20,
+    )
+    return deployment.bind()
+
+
+def _log_to_stderr() -> None:
+    """Have raylm's own log written, one JSON object a line, where Ray keeps what a worker prints."""
+    from raylm.serve.door import JSONLines
+
+    logger = logging.getLogger("raylm")
+    if not any(isinstance(handler.formatter, JSONLines) for handler in logger.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JSONLines())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,209 @@
+"""Door: what every request has to pass, and what is told of it when it leaves.
+
+API keys, the limit on bodies, header tricks, and one line of log for each request. Plain ASGI, so that a stream costs
+one more function call a write and no task.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from contextvars import ContextVar
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from raylm.config import GatewayConfig
+from raylm.errors import AuthenticationError, InvalidRequestError, RaylmError, RequestTooLargeError
+from raylm.serve.schema import error_body
+
+_OPEN_PATHS = ("/", "/health")
+"""Served without a key, and so is what the page needs."""
+
+_SESSION_HEADER = b"x-session-id"
+
+_PAGE_POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'"
+
+facts: ContextVar[dict[str, Any]] = ContextVar("raylm_request")
+"""What is known of the request that the current task works on; every line of log has it."""
+
+_log = logging.getLogger(__name__)
+
+
+class Keys:
+    """The API keys, as hashes: what is in memory opens nothing.
+
+    Args:
+        config: Says where they are.
+
+    Raises:
+        InvalidRequestError: they are nowhere to be found.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        keys: list[str] = []
+        if config.api_keys_env is not None:
+            keys += os.environ.get(config.api_keys_env, "").split(",")
+        if config.api_keys_file is not None:
+            try:
+                keys += Path(config.api_keys_file).read_text().splitlines()
+            except OSError as error:
+                raise InvalidRequestError(f"api_keys_file: {error}") from None
+        self._hashes = [sha256(key.strip().encode()).digest() for key in keys if key.strip()]
+        self.needed = config.api_keys_env is not None or config.api_keys_file is not None
+        if self.needed and not self._hashes:
+            raise InvalidRequestError(
+                f"no API key in {config.api_keys_env or config.api_keys_file}; put one there, or drop the setting"
+            )
+
+    def check(self, authorization: str) -> None:
+        """Check the `authorization` header.
+
+        Raises:
+            AuthenticationError: it has no key, or a wrong one.
+        """
+        if not self.needed:
+            return
+        kind, _, key = authorization.partition(" ")
+        given = sha256(key.strip().encode()).digest()
+        # Every hash is compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]
+        if kind.lower() != "bearer" or not any(matches):
+            raise AuthenticationError("the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+
+
+class Door:
+    """ASGI middleware.
+
+    Args:
+        app: What is behind it.
+        config: Limits and keys.
+    """
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._app = app
+        self._keys = Keys(config)
+        self._max_body_bytes = config.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        visit = _Visit(send, self._max_body_bytes, receive)
+        about: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "http_request_id": uuid.uuid4().hex}
+        token = facts.set(about)
+        try:
+            try:
+                session_id = self._check(scope, scope["headers"])
+            except RaylmError as error:
+                response = JSONResponse(error_body(error), error.status_code, _refusal_headers(error))
+                await response(scope, receive, visit.send)
+                return
+            scope.setdefault("state", {})["session_id"] = session_id
+            await self._app(scope, visit.receive, visit.send)
+        finally:
+            about["status"] = visit.status or 499  # the client left before there was one
+            about["num_bytes"] = visit.num_bytes
+            about["duration_ms"] = round((time.perf_counter() - visit.began) * 1e3, 1)
+            _log.info("request")
+            facts.reset(token)
+
+    def _check(self, scope: Scope, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+        """Return the session that the header names."""
+        found: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            found.setdefault(name.lower(), []).append(value)
+        path = scope["path"]
+        if path not in _OPEN_PATHS and not path.startswith("/static/"):
+            keys = found.get(b"authorization", [b""])
+            if len(keys) > 1:
+                raise AuthenticationError("authorization: sent more than once")
+            self._keys.check(keys[0].decode("latin-1"))
+        length = found.get(b"content-length", [b"0"])[0]
+        if not length.isdigit():
+            raise InvalidRequestError("content-length: not a number")
+        if int(length) > self._max_body_bytes:
+            raise RequestTooLargeError(f"the body has {int(length)} bytes; at most {self._max_body_bytes} are taken")
+        variants = [name for name in found if name != _SESSION_HEADER and name.replace(b"_", b"-") == _SESSION_HEADER]
+        if variants:
+            # Whatever is in front may take the two for one; which of them counts must not be luck.
+            raise InvalidRequestError(f"{variants[0].decode('latin-1')}: spell the header x-session-id")
+        sessions = found.get(_SESSION_HEADER, [])
+        if len(sessions) > 1:
+            raise InvalidRequestError("x-session-id: sent more than once")
+        if not sessions:
+            return None
+        try:
+            session_id = sessions[0].decode("ascii").strip()
+        except UnicodeDecodeError:
+            raise InvalidRequestError("x-session-id: only ASCII") from None
+        if not session_id or len(session_id) > 200:
+            raise InvalidRequestError("x-session-id: 1 to 200 characters")
+        return session_id
+
+
+class _Visit:
+    """One request on its way through the door."""
+
+    def __init__(self, send: Send, max_body_bytes: int, receive: Receive) -> None:
+        self.began = time.perf_counter()
+        self.status = 0
+        self.num_bytes = 0
+        self._send = send
+        self._receive = receive
+        self._bytes_left = max_body_bytes
+
+    async def send(self, message: Message) -> None:
+        """Pass a part of the response on."""
+        if message["type"] == "http.response.body":
+            self.num_bytes += len(message.get("body", b""))
+        elif message["type"] == "http.response.start":
+            self.status = message["status"]
+            message.setdefault("headers", []).extend(_SAFETY_HEADERS)
+        await self._send(message)
+
+    async def receive(self) -> Message:
+        """Pass a part of the body on, as long as it is not too long."""
+        message = await self._receive()
+        self._bytes_left -= len(message.get("body", b""))
+        if self._bytes_left < 0:
+            raise HTTPException(413, "the body is too long")
+        return message
+
+
+_SAFETY_HEADERS = [
+    (b"content-security-policy", _PAGE_POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+def _refusal_headers(error: RaylmError) -> dict[str, str]:
+    return {"www-authenticate": "Bearer"} if isinstance(error, AuthenticationError) else {}
+
+
+class JSONLines(logging.Formatter):
+    """One JSON object a line, with what is known of the request that it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **facts.get({}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()

@@ -1,0 +1,577 @@
+"""Gateway: HTTP in, Pool out. One runs in each replica of the Serve deployment, and keeps nothing that others lack.
+
+`build_gateway` makes the FastAPI application. What is written on the wire is in `schema.py`, what every request passes
+is in `door.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any
+
+import msgspec
+import ray.exceptions
+from fastapi import FastAPI, Path
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from raylm._version import __version__
+from raylm.actors.manager_actor import serve
+from raylm.config import ServeConfig
+from raylm.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NoActorError,
+    RaylmError,
+    SessionNotFoundError,
+)
+from raylm.messages import Completion, GenerationConfig, Message, Request
+from raylm.serve.door import Door, facts
+from raylm.serve.metrics import CONTENT_TYPE, render
+from raylm.serve.schema import (
+    ChatCompletionBody,
+    ChatWire,
+    CompletionBody,
+    CompletionWire,
+    ErrorBody,
+    ForkBody,
+    GenerateBody,
+    StreamChatBody,
+    StreamChatWire,
+    TokenizeBody,
+    Wire,
+    error_body,
+    event,
+    receipt_headers,
+)
+from raylm.serve.streams import EventStream, Turn
+from raylm.served import ServedPool
+
+_RETRY_AFTER_S = 1.0
+"""What a client is told where an error does not say itself when to come again."""
+
+_RAW = "raw"
+"""Role of the raw prompts in the transcript of a session that `/generate` keeps; the same as in `raylm.chatbot`."""
+
+_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong, and why."}}
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.json.Encoder().encode
+
+SessionPath = Annotated[str, Path(min_length=1, max_length=200)]
+
+
+class JSON(Response):
+    """A JSON response, encoded by msgspec, which knows our structs."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return _encode(content)
+
+
+class Gateway:
+    """Answers the routes.
+
+    Args:
+        config: What is served.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._served: dict[str, ServedPool] = {}
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Join, or make, the pool of each model. Their engines may still be loading when this returns."""
+        for model in self._config.models:
+            await serve(model)
+            self._served[model.name] = await self._stack.enter_async_context(await ServedPool.open(model.name))
+
+    async def aclose(self) -> None:
+        """Leave all pools."""
+        await self._stack.aclose()
+
+    # OpenAI's routes
+
+    async def models(self) -> Response:
+        """List the models that are served."""
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "raylm",
+                "max_model_len": served.pool.max_context,
+            }
+            for name, served in self._served.items()
+        ]
+        return JSON({"object": "list", "data": data})
+
+    async def chat_completions(self, body: ChatCompletionBody, http: HTTPRequest) -> Response:
+        """Answer a conversation."""
+        served = self._find(body.model)
+        config = body.to_config()
+        messages = tuple(message.to_message() for message in body.messages)
+        session_id = _session(http, body.session_id)
+        request_id = self._note(served, body.request_id, session_id, body.user, messages)
+        wire = ChatWire(
+            f"chatcmpl-{request_id}",
+            served.config.name,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            logprobs=bool(body.logprobs),
+        )
+        if body.is_turn:
+            _only_one_choice(body.n)
+            turn = self._turn(
+                served,
+                messages,
+                lambda transcript: _chat_request(served, request_id, transcript, config),
+                session_id,
+                start=bool(body.sequence_start),
+                end=bool(body.sequence_end),
+            )
+            return await self._respond([turn], wire, stream=body.stream)
+        requests = [
+            _chat_request(served, name, messages, choice) for name, choice in _choices(request_id, config, body.n)
+        ]
+        return await self._respond(self._all(served, requests, session_id), wire, stream=body.stream)
+
+    async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
+        """Continue raw prompts."""
+        served = self._find(body.model)
+        config = body.to_config()
+        prompts = body.to_prompts()
+        if len(prompts) * (body.n or 1) > self._config.gateway.max_prompts:
+            raise InvalidRequestError(
+                f"prompt: at most {self._config.gateway.max_prompts} prompts and choices at a time"
+            )
+        session_id = _session(http, body.session_id)
+        request_id = self._note(served, body.request_id, session_id, body.user, prompts)
+        wire = CompletionWire(
+            f"cmpl-{request_id}",
+            served.config.name,
+            [prompt if isinstance(prompt, str) else None for prompt in prompts for _ in range(body.n or 1)],
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            logprobs=body.logprobs is not None,
+            echo=body.echo,
+        )
+        if body.is_turn:
+            _only_one_choice(body.n)
+            if len(prompts) > 1 or not isinstance(prompts[0], str):
+                raise InvalidRequestError("prompt: a session takes one prompt of text at a time")
+            turn = self._turn(
+                served,
+                (Message(_RAW, prompts[0]),),
+                lambda transcript: _raw_request(request_id, _raw_text(transcript), config),
+                session_id,
+                start=bool(body.sequence_start),
+                end=bool(body.sequence_end),
+            )
+            return await self._respond([turn], wire, stream=body.stream)
+        requests = [
+            _raw_request(name if len(prompts) == 1 else f"{name}.{index}", prompt, choice)
+            for index, prompt in enumerate(prompts)
+            for name, choice in _choices(request_id, config, body.n)
+        ]
+        return await self._respond(self._all(served, requests, session_id), wire, stream=body.stream)
+
+    # The seed's routes
+
+    async def generate(self, body: GenerateBody, http: HTTPRequest) -> Response:
+        """Continue one prompt, or many: then each has its own answer or error."""
+        served = self._find(body.model)
+        config = body.to_config()
+        session_id = _session(http, body.session_id)
+        request_id = self._note(served, body.request_id, session_id, None, body.inputs)
+        if isinstance(body.inputs, list):
+            if not (body.sequence_start and body.sequence_end):
+                raise InvalidRequestError("inputs: a session takes one prompt at a time, not a list")
+            if len(body.inputs) > self._config.gateway.max_prompts:
+                raise InvalidRequestError(f"inputs: at most {self._config.gateway.max_prompts} prompts at a time")
+            if "" in body.inputs:
+                raise InvalidRequestError(f"inputs[{body.inputs.index('')}]: the prompt is empty")
+            requests = [
+                _raw_request(f"{request_id}.{index}", prompt, config) for index, prompt in enumerate(body.inputs)
+            ]
+            results = await served.pool.generate_many(requests, silence_s=body.timeout)
+            return JSON(
+                {
+                    "results": [
+                        _shown(result) if isinstance(result, Completion) else error_body(result) for result in results
+                    ]
+                }
+            )
+        if not body.inputs:
+            raise InvalidRequestError("inputs: the prompt is empty; send at least one character")
+        turn = self._turn(
+            served,
+            (Message(_RAW, body.inputs),),
+            lambda transcript: _raw_request(request_id, _raw_text(transcript), config),
+            session_id,
+            start=body.sequence_start,
+            end=body.sequence_end,
+            silence_s=body.timeout,
+        )
+        async with turn as stream:
+            completion = await stream.completion()
+        _note_receipt(completion)
+        return JSON(_shown(completion), headers=receipt_headers(completion.receipt))
+
+    async def stream_chat(self, body: StreamChatBody, http: HTTPRequest) -> Response:
+        """Answer one turn of a conversation, as events of status, text so far and number of tokens."""
+        served = self._find(body.model)
+        config = body.to_config()
+        messages = body.to_messages()
+        if not messages:
+            raise InvalidRequestError("inputs: send at least one message")
+        session_id = _session(http, body.session_id)
+        request_id = self._note(served, body.request_id, session_id, None, messages)
+        turn = self._turn(
+            served,
+            messages,
+            lambda transcript: _chat_request(served, request_id, transcript, config),
+            session_id,
+            start=body.sequence_start,
+            end=body.sequence_end,
+            silence_s=body.timeout,
+        )
+        headers = {"x-raylm-request-id": request_id}
+        wire = StreamChatWire(stream=body.stream)
+        return _StatusStream([turn], wire, self._config.gateway.heartbeat_s, headers)
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """Return the tokens of a prompt or of a conversation with its template."""
+        served = self._find(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequestError("prompt: give either this or messages")
+        config = GenerationConfig()
+        if body.messages is not None:
+            messages = tuple(message.to_message() for message in body.messages)
+            request = _chat_request(served, "tokenize", messages, config)
+        else:
+            request = _raw_request("tokenize", body.prompt or "", config)
+        tokens = await served.pool.tokenize(request)
+        return JSON({"tokens": tokens, "count": len(tokens), "max_model_len": served.pool.max_context})
+
+    # Sessions and requests
+
+    async def show_session(self, session_id: SessionPath, model: str | None = None) -> Response:
+        """Return a session's transcript."""
+        served, found = await self._session(session_id, model)
+        messages = [
+            {"role": message.role, "content": message.content, **({"name": message.name} if message.name else {})}
+            for message in found.messages
+        ]
+        return JSON({"session_id": session_id, "model": served.config.name, "slot": found.slot, "messages": messages})
+
+    async def end_session(self, session_id: SessionPath, model: str | None = None) -> Response:
+        """Forget a session."""
+        served, _ = await self._session(session_id, model)
+        await served.conversations.end(session_id)
+        return JSON({"session_id": session_id, "ended": True})
+
+    async def fork_session(self, session_id: SessionPath, body: ForkBody) -> Response:
+        """Begin another session with the transcript of this one."""
+        served, found = await self._session(session_id, body.model)
+        await served.conversations.fork(session_id, str(body.session_id))
+        return JSON({"session_id": str(body.session_id), "model": served.config.name, "slot": found.slot})
+
+    async def cancel_request(self, request_id: SessionPath) -> Response:
+        """Abort a request. Where another gateway has it, that one is asked to: status 202."""
+        here = [await served.cancel(request_id) for served in self._served.values()]
+        if any(here):
+            return JSON({"request_id": request_id, "cancelled": True})
+        return JSON({"request_id": request_id, "cancelled": "asked"}, status_code=202)
+
+    # The state of things
+
+    async def health(self) -> Response:
+        """Say whether every model has an actor."""
+        down = [name for name, served in self._served.items() if not served.pool.num_up]
+        if down:
+            raise NoActorError(f"no actor is up for {', '.join(down)}", retry_after_s=_RETRY_AFTER_S)
+        return JSON({"status": "ok"})
+
+    async def state(self) -> Response:
+        """Say what all gateways and other clients do with the models."""
+        return JSON({"models": await self._states()})
+
+    async def metrics(self) -> Response:
+        """Return the same for Prometheus."""
+        return Response(render(await self._states()), media_type=CONTENT_TYPE)
+
+    async def page(self) -> Response:
+        """Return the page."""
+        return FileResponse(str(files("raylm.serve") / "static" / "index.html"))
+
+    # What the routes have in common
+
+    def _find(self, model: str | None) -> ServedPool:
+        if model is None and len(self._served) == 1:
+            return next(iter(self._served.values()))
+        if model is None:
+            raise InvalidRequestError(f"model: say which one: {', '.join(self._served)}")
+        if (served := self._served.get(model)) is None:
+            raise ModelNotFoundError(f"model: no {model!r} is served here; there are: {', '.join(self._served)}")
+        return served
+
+    def _note(
+        self, served: ServedPool, request_id: str | None, session_id: str | None, user: str | None, text: object
+    ) -> str:
+        """Make what is known of a request part of its lines of log; return its id."""
+        request_id = request_id or uuid.uuid4().hex
+        about = facts.get()
+        about |= {"model": served.config.name, "request_id": request_id}
+        if session_id is not None:
+            about["session_id"] = session_id
+        if user is not None:
+            about["user"] = user
+        if self._config.gateway.log_prompts:
+            about["text"] = text
+        return request_id
+
+    def _all(self, served: ServedPool, requests: Sequence[Request], session_id: str | None) -> list[Turn]:
+        """Return a turn for each of several requests that are no turns of a session kept here."""
+        timeout_s = self._config.gateway.request_timeout_s
+        lane = "interactive" if len(requests) == 1 else "batch"
+        if session_id is None:
+            return [served.pool.stream(request, lane=lane, timeout_s=timeout_s) for request in requests]
+        return [
+            served.conversations.pinned(request, session_id, lane=lane, timeout_s=timeout_s) for request in requests
+        ]
+
+    def _turn(
+        self,
+        served: ServedPool,
+        messages: tuple[Message, ...],
+        make_request: Callable[[tuple[Message, ...]], Request],
+        session_id: str | None,
+        *,
+        start: bool,
+        end: bool,
+        silence_s: float | None = None,
+    ) -> Turn:
+        make_request(messages)  # checked before a session is touched
+        timeout_s = self._config.gateway.request_timeout_s
+        if session_id is None:
+            if not (start and end):
+                raise InvalidRequestError("session_id: a conversation of several turns needs one")
+            return served.pool.stream(make_request(messages), timeout_s=timeout_s, silence_s=silence_s)
+        return served.conversations.turn(
+            session_id, messages, make_request, start=start, end=end, timeout_s=timeout_s, silence_s=silence_s
+        )
+
+    async def _respond(self, turns: Sequence[Turn], wire: Wire, *, stream: bool) -> Response:
+        headers = {"x-raylm-request-id": facts.get()["request_id"]}
+        if stream:
+            return EventStream(turns, wire, self._config.gateway.heartbeat_s, headers)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_complete(turn)) for turn in turns]
+        except* RaylmError as errors:
+            first = errors.exceptions[0]
+        else:
+            completions = [task.result() for task in tasks]
+            _note_receipt(completions[0])
+            return JSON(wire.whole(completions), headers=headers | receipt_headers(completions[0].receipt))
+        raise first
+
+    async def _session(self, session_id: str, model: str | None) -> tuple[ServedPool, Any]:
+        candidates = [self._find(model)] if model is not None else list(self._served.values())
+        for served in candidates:
+            try:
+                return served, await served.conversations.load(session_id)
+            except SessionNotFoundError:
+                continue
+        raise SessionNotFoundError(f"there is no session {session_id}")
+
+    async def _states(self) -> list[Any]:
+        try:
+            return list(await asyncio.gather(*(served.state() for served in self._served.values())))
+        except ray.exceptions.RayActorError as error:
+            raise NoActorError("the manager is being restarted", retry_after_s=_RETRY_AFTER_S) from error
+
+
+class _StatusStream(EventStream):
+    """A stream for whose failures the seed's table has a status."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send all of it."""
+        try:
+            await super().__call__(scope, receive, send)
+        except SessionNotFoundError:
+            await self._status(-2, scope, receive, send)
+        except ContextLengthError:
+            await self._status(-3, scope, receive, send)
+
+    async def _status(self, status: int, scope: Any, receive: Any, send: Any) -> None:
+        body = event({"status": status, "text": "", "n_tokens": 0})
+        await Response(body, media_type="text/event-stream")(scope, receive, send)
+
+
+def build_gateway(config: ServeConfig) -> FastAPI:
+    """Return the application, which joins the models' pools when it starts."""
+    gateway = Gateway(config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        yield
+        await gateway.aclose()
+
+    app = FastAPI(
+        title="raylm",
+        version=__version__,
+        summary="A Ray cluster as one pool of LLM inference actors.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+        default_response_class=JSON,
+    )
+    for method, path, handler, tag in [
+        ("POST", "/v1/chat/completions", gateway.chat_completions, "OpenAI"),
+        ("POST", "/v1/completions", gateway.completions, "OpenAI"),
+        ("GET", "/v1/models", gateway.models, "OpenAI"),
+        ("POST", "/generate", gateway.generate, "generation"),
+        ("POST", "/stream_chat", gateway.stream_chat, "generation"),
+        ("POST", "/tokenize", gateway.tokenize, "generation"),
+        ("GET", "/sessions/{session_id}", gateway.show_session, "sessions"),
+        ("DELETE", "/sessions/{session_id}", gateway.end_session, "sessions"),
+        ("POST", "/sessions/{session_id}/fork", gateway.fork_session, "sessions"),
+        ("POST", "/requests/{request_id}/cancel", gateway.cancel_request, "requests"),
+        ("GET", "/health", gateway.health, "state"),
+        ("GET", "/state", gateway.state, "state"),
+        ("GET", "/metrics", gateway.metrics, "state"),
+    ]:
+        app.add_api_route(path, handler, methods=[method], tags=[tag])
+    app.add_api_route("/", gateway.page, methods=["GET"], include_in_schema=False)
+    app.mount("/static", StaticFiles(packages=[("raylm.serve", "static")]))
+    app.add_exception_handler(RaylmError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(Door, config=config.gateway)
+    if config.gateway.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.gateway.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _complete(turn: Turn) -> Completion:
+    async with turn as stream:
+        return await stream.completion()
+
+
+def _session(http: HTTPRequest, in_body: str | int | None) -> str | None:
+    in_header: str | None = http.state.session_id
+    body = None if in_body is None else str(in_body)
+    if body is not None and not 0 < len(body) <= 200:
+        raise InvalidRequestError("session_id: 1 to 200 characters")
+    if in_header is not None and body is not None and in_header != body:
+        raise InvalidRequestError("session_id: differs from the header x-session-id")
+    return body if body is not None else in_header
+
+
+def _choices(request_id: str, config: GenerationConfig, n: int | None) -> list[tuple[str, GenerationConfig]]:
+    """Return an id and a configuration for each of `n` choices. With a seed, each choice has its own."""
+    if n is None or n == 1:
+        return [(request_id, config)]
+    seeds = [None if config.seed is None else config.seed + index for index in range(n)]
+    return [(f"{request_id}.{index}", msgspec.structs.replace(config, seed=seed)) for index, seed in enumerate(seeds)]
+
+
+def _only_one_choice(n: int | None) -> None:
+    if n not in (None, 1):
+        raise InvalidRequestError("n: a turn of a session has one answer")
+
+
+def _chat_request(
+    served: ServedPool, request_id: str, messages: tuple[Message, ...], config: GenerationConfig
+) -> Request:
+    if any(message.role == _RAW for message in messages):
+        raise InvalidRequestError("session_id: that session holds raw text; go on with /generate or /v1/completions")
+    if served.template is not None:
+        return Request(request_id=request_id, prompt=served.template.render(messages), config=config)
+    return Request(request_id=request_id, messages=messages, config=config)
+
+
+def _raw_request(request_id: str, prompt: str | tuple[int, ...], config: GenerationConfig) -> Request:
+    if isinstance(prompt, str):
+        return Request(request_id=request_id, prompt=prompt, config=config)
+    return Request(request_id=request_id, prompt_token_ids=prompt, config=config)
+
+
+def _raw_text(transcript: Sequence[Message]) -> str:
+    if any(message.role not in (_RAW, "assistant") for message in transcript):
+        raise InvalidRequestError("session_id: that session is a conversation; go on with a chat route")
+    return "".join(message.content for message in transcript)
+
+
+def _shown(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": completion.usage,
+        "receipt": completion.receipt,
+    }
+
+
+def _note_receipt(completion: Completion) -> None:
+    receipt = completion.receipt
+    facts.get().update(slot=receipt.slot, why=receipt.why, attempts=receipt.attempts, finish=completion.finish_reason)
+
+
+# What is raised, as an answer
+
+
+async def _on_error(_: HTTPRequest, error: Exception) -> Response:
+    if not isinstance(error, RaylmError):
+        raise AssertionError("unreachable: registered for RaylmError")
+    headers = {}
+    if error.status_code in (429, 503):
+        headers["retry-after"] = f"{max(1, round(error.retry_after_s or _RETRY_AFTER_S))}"
+    facts.get({}).update(error=type(error).__name__)
+    return JSON(error_body(error), status_code=error.status_code, headers=headers)
+
+
+async def _on_invalid(_: HTTPRequest, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise AssertionError("unreachable: registered for RequestValidationError")
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
+    param = where[0] if where and problem["type"] != "json_invalid" else None
+    message = f"{'.'.join(where)}: {problem['msg']}" if param else f"the body is no valid JSON: {problem['msg']}"
+    return await _answer_invalid(InvalidRequestError(message), param)
+
+
+async def _answer_invalid(error: InvalidRequestError, param: str | None) -> Response:
+    facts.get({}).update(error=type(error).__name__)
+    return JSON(error_body(error, param), status_code=error.status_code)
+
+
+async def _on_http(_: HTTPRequest, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise AssertionError("unreachable: registered for HTTPException")
+    detail = {"message": str(error.detail), "type": "HTTPError", "param": None, "code": error.status_code}
+    return JSON({"error": detail}, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_bug(_: HTTPRequest, error: Exception) -> Response:
+    _log.error("a request met an error of the gateway itself", exc_info=error)
+    detail = {"message": "the gateway failed; its log says why", "type": "InternalError", "param": None, "code": 500}
+    return JSON({"error": detail}, status_code=500)

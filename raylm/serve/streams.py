@@ -1,0 +1,148 @@
+"""Server-sent events: an answer on its way to a client.
+
+A failure before the first event is an ordinary HTTP error, for nothing has been sent. After it, it is an `error` event:
+a stream never just ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Self
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from raylm.errors import RaylmError
+from raylm.messages import Usage
+from raylm.serve.schema import HEARTBEAT, Wire, error_event
+from raylm.stream import Stream
+
+Turn = AbstractAsyncContextManager[Stream]
+"""What makes a stream, and ends what has to end with it."""
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream(Response):
+    """The answer of one or several requests, as it is generated.
+
+    What is new since the last write goes out in one, so a slow client gets fewer and fuller events and holds up nobody.
+
+    Args:
+        turns: One for each choice.
+        wire: How it is written.
+        heartbeat_s: A comment is sent after so many seconds of silence.
+        headers: Of the response.
+    """
+
+    def __init__(self, turns: Sequence[Turn], wire: Wire, heartbeat_s: float, headers: dict[str, str]) -> None:
+        super().__init__()
+        self._turns = turns
+        self._wire = wire
+        self._heartbeat_s = heartbeat_s
+        self._more_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send all of it."""
+        writer = _Writer(send, self._more_headers)
+        try:
+            if len(self._turns) == 1:
+                usages = [await self._answer(0, self._turns[0], writer)]
+            else:
+                usages = await self._answer_all(writer)
+        except RaylmError as error:
+            if not writer.started:
+                raise
+            await writer.write(error_event(error), last=True)
+        else:
+            await writer.write(self._wire.close(usages), last=True)
+
+    async def _answer(self, index: int, turn: Turn, writer: _Writer) -> Usage:
+        wire = self._wire
+        async with turn as stream:
+            with _Heart(stream, writer, self._heartbeat_s):
+                delta = await stream.news()
+                await writer.begin(stream.attempt)
+                head = wire.begin(index)
+                while True:
+                    data = HEARTBEAT if delta is None else wire.delta(index, delta)
+                    if data or head:
+                        await writer.write(head + data)
+                        head = b""
+                    if delta is not None and delta.finish_reason is not None:
+                        break
+                    delta = await stream.news()
+        # After the block, which adds a turn to its session: who sees the end may go on with the next turn.
+        if stream.receipt is None:
+            raise AssertionError("unreachable: the last delta comes with the receipt")
+        await writer.write(wire.end(index, delta.finish_reason, stream.receipt))
+        return stream.receipt.usage
+
+    async def _answer_all(self, writer: _Writer) -> list[Usage]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                answers = [group.create_task(self._answer(*numbered, writer)) for numbered in enumerate(self._turns)]
+        except* RaylmError as errors:
+            first = errors.exceptions[0]
+        else:
+            return [answer.result() for answer in answers]
+        raise first
+
+
+class _Writer:
+    """Sends the parts of one response, of which each is whole events."""
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self.started = False
+        self._send = send
+        self._headers = headers
+        self._loop = asyncio.get_running_loop()
+        self._turn = asyncio.Lock()  # several choices write, and each waits while the client does not read
+        self.written_at = self._loop.time()
+
+    async def begin(self, attempt: dict[str, str]) -> None:
+        """Send status and headers, once."""
+        if self.started:
+            return
+        self.started = True
+        headers = {**self._headers, **{f"x-raylm-{name}": value for name, value in attempt.items()}}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send a part of the body."""
+        async with self._turn:
+            self.written_at = self._loop.time()
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+
+class _Heart:
+    """Nudges a stream whose client has heard nothing for too long."""
+
+    def __init__(self, stream: Stream, writer: _Writer, interval_s: float) -> None:
+        self._stream = stream
+        self._writer = writer
+        self._interval_s = interval_s
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_later(self._interval_s, self._beat)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _beat(self) -> None:
+        left_s = self._writer.written_at + self._interval_s - self._loop.time()
+        if left_s <= 0:
+            self._stream.nudge()
+            left_s = self._interval_s
+        self._timer = self._loop.call_later(left_s, self._beat)
