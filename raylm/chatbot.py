@@ -20,6 +20,7 @@ import uvloop
 
 from raylm.actors.cluster import connect
 from raylm.actors.manager import PoolManager
+from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import EngineConfig, PoolConfig, SessionConfig, TritonConfig
 from raylm.conversation import Conversations
 from raylm.errors import (
@@ -99,6 +100,7 @@ class AsyncChatbot:
         self._owns_ray = False
         self._manager: PoolManager | None = None
         self._pool: Pool | None = None
+        self._store: SessionStore | None = None
         self._conversations: Conversations | None = None
 
     def _place(self) -> Sequence[EngineConfig]:
@@ -125,13 +127,17 @@ class AsyncChatbot:
         except BaseException:
             await self.aclose()
             raise
-        self._conversations = Conversations(self._pool, self._manager.sessions)
+        prefix = f"raylm:{self._pool.statistics().slots[0].model}:"
+        self._store = connect_store(self._session_config, self._manager.sessions, prefix)
+        self._conversations = Conversations(self._pool, self._store)
         return self
 
     async def aclose(self) -> None:
         """End the actors and, where this chatbot started Ray, Ray. Requests still running fail."""
         if self._pool is not None:
             await self._pool.aclose()
+        if self._store is not None:
+            await self._store.aclose()
         if self._manager is not None:
             await self._manager.aclose()
             self._manager = None
@@ -349,7 +355,7 @@ class AsyncChatbot:
         """
         return [
             {"role": message.role, "content": message.content}
-            for message in await self._sessions().load(str(session_id))
+            for message in (await self._sessions().load(str(session_id))).messages
         ]
 
     def request(self, *, prompt: object = None, messages: object = None, **overrides: Any) -> Request:

@@ -6,19 +6,21 @@ that actor's prefix cache makes the replay cheap.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import msgspec
-import ray.exceptions
 
-from raylm.actors.sessions import Claim
-from raylm.errors import RaylmError, SessionError, SessionNotFoundError
+from raylm.actors.sessions import SessionState, SessionStore
+from raylm.errors import SessionNotFoundError, SessionStoreError
 from raylm.messages import Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
+
+_log = logging.getLogger(__name__)
 
 
 class Conversations:
@@ -26,10 +28,10 @@ class Conversations:
 
     Args:
         pool: Answers the turns.
-        store: Handle of the session store.
+        store: Keeps the sessions.
     """
 
-    def __init__(self, pool: Pool, store: Any) -> None:
+    def __init__(self, pool: Pool, store: SessionStore) -> None:
         self._pool = pool
         self._store = store
 
@@ -57,6 +59,7 @@ class Conversations:
         Raises:
             SessionNotFoundError: `start` is False and there is no such session.
             SessionBusyError: another turn of it is running.
+            SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript.
             RaylmError: whatever the generation raised. The session is as it was before the turn.
         """
         turn_id = uuid.uuid4().hex
@@ -66,13 +69,17 @@ class Conversations:
             candidate = router.candidate()
             router.pin(session_id, candidate)  # now, so that the next new session has another candidate
         try:
-            claim: Claim = await _ask(self._store.claim.remote(session_id, candidate, turn_id, start=start))
+            state = await self._store.claim(session_id, candidate, turn_id, start=start)
         except SessionNotFoundError:
             router.unpin(session_id)
             raise
+        except asyncio.CancelledError:
+            await self._give_back(session_id, turn_id)  # nobody waits for the claim, but it may have been made
+            raise
+        appended = False
         try:
-            router.pin(session_id, claim.slot)
-            transcript = claim.messages + messages
+            router.pin(session_id, state.slot)
+            transcript = state.messages + messages
             request = msgspec.structs.replace(make_request(transcript), session_id=session_id, session_end=end)
             async with self._pool.stream(request, session_id=session_id, silence_s=silence_s) as stream:
                 yield stream
@@ -80,10 +87,11 @@ class Conversations:
                     completion = await stream.completion()
                     answer = Message("assistant", completion.text)
                     slot = completion.receipt.slot
-                    await _ask(self._store.append.remote(session_id, turn_id, [*messages, answer], slot))
+                    await self._store.append(session_id, turn_id, [*messages, answer], slot)
+                    appended = True
         finally:
-            # After `append` the turn no longer holds the session, and this does nothing.
-            await _ask(self._store.release.remote(session_id, turn_id))
+            if not appended:
+                await self._give_back(session_id, turn_id)
         if end:
             await self.end(session_id)
 
@@ -94,26 +102,29 @@ class Conversations:
             SessionNotFoundError: there is no such session.
         """
         self._pool.router.unpin(session_id)
-        await _ask(self._store.end.remote(session_id))
+        await self._store.end(session_id)
 
-    async def load(self, session_id: str) -> tuple[Message, ...]:
-        """Return a session's transcript.
+    async def fork(self, session_id: str, new_session_id: str) -> None:
+        """Begin a session, in place of one of that id, with the slot and the transcript of another.
+
+        Raises:
+            SessionNotFoundError: there is no session `session_id`.
+            SessionBusyError: one of the two is in the middle of a turn.
+        """
+        await self._store.fork(session_id, new_session_id)
+        self._pool.router.unpin(new_session_id)  # the store knows better
+
+    async def load(self, session_id: str) -> SessionState:
+        """Return a session's slot and transcript.
 
         Raises:
             SessionNotFoundError: there is no such session.
         """
-        transcript: tuple[Message, ...] = await _ask(self._store.load.remote(session_id))
-        return transcript
+        return await self._store.load(session_id)
 
-
-async def _ask(call: Any) -> Any:
-    """Await a call of the store and raise its own errors as they are."""
-    try:
-        return await call
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaylmError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).partition("\n")[0]
-        raise SessionError(f"the session store was lost and is started again; begin a new session: {reason}") from error
+    async def _give_back(self, session_id: str, turn_id: str) -> None:
+        """End a turn that is not to be remembered. Its own failure is what the caller must see, not the store's."""
+        try:
+            await self._store.release(session_id, turn_id)
+        except SessionStoreError as error:
+            _log.warning("session %s stays held by a turn that is over, until that times out: %s", session_id, error)

@@ -9,7 +9,8 @@
     |- AuthenticationError 401
     |- SessionError
     |  |- SessionNotFoundError 404  never started, ended, or expired
-    |  `- SessionBusyError 409      another turn of this session is running
+    |  |- SessionBusyError 409      another turn of this session is running
+    |  `- SessionStoreError 503     the session store cannot be reached
     |- CapacityError
     |  |- PoolSaturatedError 429    the queue is full; try again after `retry_after_s`
     |  |- PlacementError 503        the cluster cannot hold what was asked for
@@ -107,6 +108,13 @@ class SessionBusyError(SessionError):
     """Another turn of this session is still running."""
 
     status_code = 409
+    retryable = True
+
+
+class SessionStoreError(SessionError):
+    """The session store cannot be reached. The sessions in it may well be whole."""
+
+    status_code = 503
     retryable = True
 
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from raylm.actors.manager import PoolManager
+from raylm.actors.sessions import connect_store
 from raylm.config import EngineConfig, PoolConfig, SessionConfig
 from raylm.conversation import Conversations
 from raylm.messages import GenerationConfig, Request
@@ -58,6 +59,8 @@ async def start_pool(cluster: str) -> AsyncIterator[StartPool]:
             pool = await stack.enter_async_context(Pool(config, replace=manager.replace))
             for ready in [pool.attach(slot, actor) for slot, actor in enumerate(manager.actors)]:
                 await ready
-            return Running(pool, manager, Conversations(pool, manager.sessions))
+            store = connect_store(SessionConfig(), manager.sessions, "raylm:test:")
+            stack.push_async_callback(store.aclose)
+            return Running(pool, manager, Conversations(pool, store))
 
         yield start

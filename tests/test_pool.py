@@ -200,7 +200,7 @@ async def test_two_turns_of_one_session_do_not_mix(start_pool: StartPool) -> Non
             async with running.conversations.turn("s", question, request, start=False, end=False):
                 pass
         await stream.completion()
-    assert len(await running.conversations.load("s")) == 2
+    assert len((await running.conversations.load("s")).messages) == 2
 
 
 async def test_a_turn_left_early_leaves_the_session_as_it_was(start_pool: StartPool) -> None:
@@ -215,7 +215,7 @@ async def test_a_turn_left_early_leaves_the_session_as_it_was(start_pool: StartP
             while stream.num_tokens < num_tokens:
                 await anext(stream)
     await until_idle(running)
-    assert len(await running.conversations.load("s")) == 2
+    assert len((await running.conversations.load("s")).messages) == 2
 
 
 async def test_a_lost_client_is_aborted_by_its_lease(start_pool: StartPool) -> None:

@@ -168,4 +168,4 @@ async def test_session_survives_its_actor(start_pool: StartPool) -> None:
             os.kill(running.pid(completion.receipt.slot), signal.SIGKILL)
         if turn == 2:
             assert completion.receipt.why == "moved:died"
-    assert await running.conversations.load("s") == transcript
+    assert (await running.conversations.load("s")).messages == transcript

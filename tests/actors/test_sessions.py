@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from raylm.actors.sessions import MemorySessionStore
+from raylm.actors.sessions import MemorySessionStore, SessionState
 from raylm.config import SessionConfig
 from raylm.errors import SessionBusyError, SessionNotFoundError
 from raylm.messages import Message
@@ -69,7 +69,7 @@ def test_a_failed_later_turn_leaves_the_transcript() -> None:
     talk(store, "s", "one", start=True)
     store.claim("s", 0, "b", start=False)
     store.release("s", "b")
-    assert store.load("s") == (Message("user", "one"),)
+    assert store.load("s").messages == (Message("user", "one"),)
 
 
 def test_start_begins_anew() -> None:
@@ -77,7 +77,7 @@ def test_start_begins_anew() -> None:
     store = MemorySessionStore(SessionConfig())
     talk(store, "s", "old", start=True)
     assert talk(store, "s", "new", start=True) == ()
-    assert store.load("s") == (Message("user", "new"),)
+    assert store.load("s").messages == (Message("user", "new"),)
 
 
 def test_idle_sessions_expire() -> None:
@@ -116,7 +116,7 @@ def test_works_as_a_ray_actor(cluster: str) -> None:
     store = ray.remote(MemorySessionStore).options(num_cpus=0).remote(SessionConfig())
     ray.get(store.claim.remote("s", 2, "a", start=True))
     ray.get(store.append.remote("s", "a", [Message("user", "hi")], 2))
-    assert ray.get(store.load.remote("s")) == (Message("user", "hi"),)
+    assert ray.get(store.load.remote("s")) == SessionState(2, (Message("user", "hi"),))
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         ray.get(store.load.remote("t"))
     assert isinstance(raised.value.cause, SessionNotFoundError)
