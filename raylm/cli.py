@@ -34,7 +34,7 @@ from contextlib import (
 )
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TextIO, TypeVar
 
 import typer
 import uvloop
@@ -46,7 +46,7 @@ from rich.text import Text
 
 from raylm import heap
 from raylm._version import __version__
-from raylm.config import Backend, EngineConfig
+from raylm.config import Backend, EngineConfig, ServeConfig
 from raylm.errors import CapacityError, EngineStartError, InvalidRequestError, RaylmError
 from raylm.messages import GenerationConfig, Status
 
@@ -88,6 +88,7 @@ _Kill = Annotated[bool, typer.Option("--kill", help="Kill one actor's process in
 _Model = Annotated[
     str, typer.Option("--model", "-m", help="A built-in alias, a GGUF file, a model folder or a hub id.")
 ]
+_Proxy = Literal["auto", "haproxy", "python"]
 _Replicas = Annotated[int, typer.Option(min=1, help="Actors that serve the model.")]
 _Tp = Annotated[int, typer.Option(min=1, help="GPUs of one replica; 1 on CPU.")]
 _Backend = Annotated[Backend, typer.Option(help="Engine; auto goes by the hardware.")]
@@ -344,6 +345,39 @@ def demo(
 
     if _run(show()):
         raise typer.Exit(_FAILED)
+
+
+@app.command(epilog=_EXIT_CODES)
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of what to serve.", show_default=False)
+    ] = None,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    proxy: Annotated[
+        _Proxy, typer.Option(help="What passes HTTP on to the gateways; auto is haproxy where it can run.")
+    ] = "auto",
+    address: _Address = None,
+) -> None:
+    """Serve models over HTTP, in OpenAI's protocol and the seed's, until Ctrl-C.
+
+    Without CONFIG: smollm2-135m-instruct on this machine's CPU. A page to chat with it is at /.
+    """
+    from raylm.serve.run import Endpoint, serve_until_interrupted
+
+    settings = ServeConfig() if config is None else ServeConfig.load(config)
+    endpoint = Endpoint(settings, host, port, proxy, address)
+    if endpoint.proxy_reason:
+        _say(f"the proxy is Serve's own, in Python: {endpoint.proxy_reason}", "yellow")
+    names = ", ".join(model.name for model in settings.models)
+
+    def started() -> None:
+        _say(f"serving {names} at {endpoint.url} through {endpoint.proxy}; Ctrl-C ends it")
+
+    with redirect_stdout(sys.stderr):
+        heap.settle()
+        serve_until_interrupted(endpoint, started)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import msgspec
 
 from raylm.actors.sessions import SessionState, SessionStore
 from raylm.errors import SessionNotFoundError, SessionStoreError
-from raylm.messages import Message, Request
+from raylm.messages import Lane, Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
 
@@ -44,6 +44,7 @@ class Conversations:
         *,
         start: bool,
         end: bool,
+        timeout_s: float | None = None,
         silence_s: float | None = None,
     ) -> AsyncIterator[Stream]:
         """Run one turn; the transcript grows when the block is left with the stream at its end.
@@ -54,6 +55,7 @@ class Conversations:
             make_request: Makes the request of a whole transcript.
             start: Begin the session, in place of one of that id.
             end: Forget the session when the turn is over.
+            timeout_s: As in `Pool.stream`.
             silence_s: As in `Pool.stream`.
 
         Raises:
@@ -81,7 +83,9 @@ class Conversations:
             router.pin(session_id, state.slot)
             transcript = state.messages + messages
             request = msgspec.structs.replace(make_request(transcript), session_id=session_id, session_end=end)
-            async with self._pool.stream(request, session_id=session_id, silence_s=silence_s) as stream:
+            async with self._pool.stream(
+                request, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
+            ) as stream:
                 yield stream
                 if stream.done:
                     completion = await stream.completion()
@@ -94,6 +98,42 @@ class Conversations:
                 await self._give_back(session_id, turn_id)
         if end:
             await self.end(session_id)
+
+    @asynccontextmanager
+    async def pinned(
+        self, request: Request, session_id: str, *, lane: Lane = "interactive", timeout_s: float | None = None
+    ) -> AsyncIterator[Stream]:
+        """Run a request of a session that is a name alone, in the slot that all pools agree on.
+
+        Args:
+            request: The request.
+            session_id: The session.
+            lane: As in `Pool.stream`.
+            timeout_s: As in `Pool.stream`.
+        """
+        router = self._pool.router
+        candidate = router.pinned(session_id)
+        if candidate is None:
+            candidate = router.candidate()
+            router.pin(session_id, candidate)
+        slot = await self._pin(session_id, candidate)
+        router.pin(session_id, slot)
+        async with self._pool.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
+            yield stream
+        if stream.receipt is not None and stream.receipt.slot != slot:
+            router.pin(session_id, await self._pin(session_id, stream.receipt.slot, moved_from=slot))
+
+    async def _pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+        try:
+            return await self._store.pin(session_id, slot, moved_from=moved_from)
+        except SessionStoreError as error:
+            # A cache is lost at worst, which is no reason to refuse the request.
+            _log.warning("session %s is pinned by this pool alone: %s", session_id, error)
+            return slot
+
+    async def num_sessions(self) -> int:
+        """Return how many sessions are remembered."""
+        return await self._store.num_sessions()
 
     async def end(self, session_id: str) -> None:
         """Forget a session.

@@ -380,6 +380,16 @@ class Pool:
             failures=list(self._failures),
         )
 
+    @property
+    def num_up(self) -> int:
+        """Slots whose actor can work."""
+        return sum(link.state == "up" for link in self._links.values())
+
+    @property
+    def max_context(self) -> int | None:
+        """Prompt and generated tokens together that every slot takes; None as long as none has been up."""
+        return min((link.info.engine.max_context for link in self._links.values() if link.info), default=None)
+
     def __repr__(self) -> str:
         now = self.statistics()
         up = [slot for slot in now.slots if slot.state == "up"]

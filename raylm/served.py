@@ -17,6 +17,7 @@ import ray
 import ray.exceptions
 
 from raylm.actors.manager_actor import Membership, find
+from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
 from raylm.errors import RaylmError
@@ -44,12 +45,13 @@ class ServedPool:
         template: How messages become a prompt; None: the model's own chat template.
     """
 
-    def __init__(self, manager: Any, config: ModelConfig, pool: Pool, conversations: Conversations) -> None:
+    def __init__(self, manager: Any, config: ModelConfig, pool: Pool, store: SessionStore) -> None:
         self.config = config
         self.pool = pool
-        self.conversations = conversations
+        self.conversations = Conversations(pool, store)
         self.template: MetaTemplate | None = named_template(config.meta_template)
         self._manager = manager
+        self._store = store
         self._version = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -73,7 +75,7 @@ class ServedPool:
             served._own(served._replace(slot, pid))
 
         pool = Pool(config.pool, replace=replace)
-        served = cls(manager, config, pool, Conversations(pool, store))
+        served = cls(manager, config, pool, connect_store(config.sessions, store, f"raylm:{model}:"))
         await served._watch_once()
         served._own(served._watch())
         return served
@@ -109,6 +111,7 @@ class ServedPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.pool.aclose()
+        await self._store.aclose()
         with suppress(ray.exceptions.RayActorError):
             await self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
 

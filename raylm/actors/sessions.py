@@ -93,6 +93,17 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+        """Return the slot of a session that is a name alone: its transcript, if there is one, is its client's.
+
+        Args:
+            session_id: The session.
+            slot: Where to pin it, if it is not pinned yet.
+            moved_from: Where it was, if it had to leave: a session that is pinned there is pinned to `slot`. One that
+                another pool has moved meanwhile stays where that has put it.
+        """
+        ...
+
     async def num_sessions(self) -> int:
         """Return how many sessions are remembered."""
         ...
@@ -149,6 +160,11 @@ class ActorSessionStore:
         """See `SessionStore.fork`."""
         await _ask(self._actor.fork.remote(session_id, new_session_id))
 
+    async def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+        """See `SessionStore.pin`."""
+        pinned: int = await _ask(self._actor.pin.remote(session_id, slot, moved_from=moved_from))
+        return pinned
+
     async def num_sessions(self) -> int:
         """See `SessionStore.num_sessions`."""
         number: int = await _ask(self._actor.num_sessions.remote())
@@ -197,6 +213,8 @@ class MemorySessionStore:
         self._clock = clock
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # in order of use, the least recent first
         self._num_bytes = 0
+        # Slot and time of use of sessions that are a name alone, the least recently used first.
+        self._pins: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def claim(self, session_id: str, slot: int, turn_id: str, *, start: bool) -> SessionState:
         """See `SessionStore.claim`."""
@@ -265,10 +283,24 @@ class MemorySessionStore:
         self._touch(new_session_id, copy)
         self._shrink()
 
+    def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+        """See `SessionStore.pin`."""
+        now = self._clock()
+        while self._pins and next(iter(self._pins.values()))[1] <= now - self._config.ttl_s:
+            self._pins.popitem(last=False)
+        pinned, _ = self._pins.get(session_id, (slot, now))
+        if pinned == moved_from:
+            pinned = slot
+        self._pins[session_id] = (pinned, now)
+        self._pins.move_to_end(session_id)
+        if len(self._pins) > self._config.max_sessions:
+            self._pins.popitem(last=False)
+        return pinned
+
     def num_sessions(self) -> int:
         """See `SessionStore.num_sessions`."""
         self._expire()
-        return len(self._sessions)
+        return len(self._sessions) + len(self._pins)
 
     def _find(self, session_id: str) -> _Session:
         session = self._sessions.get(session_id)

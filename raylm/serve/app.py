@@ -8,7 +8,6 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import DeploymentConfig  # noqa: F401
 
 from raylm import heap
 from raylm.config import ServeConfig

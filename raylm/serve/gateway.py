@@ -36,7 +36,7 @@ from raylm.errors import (
     RaylmError,
     SessionNotFoundError,
 )
-from raylm.messages import Completion, GenerationConfig, Message, Request
+from raylm.messages import Completion, GenerationConfig, Lane, Message, Request
 from raylm.serve.door import Door, facts
 from raylm.serve.metrics import CONTENT_TYPE, render
 from raylm.serve.schema import (
@@ -57,6 +57,7 @@ from raylm.serve.schema import (
 )
 from raylm.serve.streams import EventStream, Turn
 from raylm.served import ServedPool
+from raylm.stream import Stream
 
 _RETRY_AFTER_S = 1.0
 """What a client is told where an error does not say itself when to come again."""
@@ -346,9 +347,9 @@ class Gateway:
     def _all(self, served: ServedPool, requests: Sequence[Request], session_id: str | None) -> list[Turn]:
         """Return a turn for each of several requests that are no turns of a session kept here."""
         timeout_s = self._config.gateway.request_timeout_s
-        lane = "interactive" if len(requests) == 1 else "batch"
+        lane: Lane = "interactive" if len(requests) == 1 else "batch"
         if session_id is None:
-            return [served.pool.stream(request, lane=lane, timeout_s=timeout_s) for request in requests]
+            return [_alone(served, request, lane=lane, timeout_s=timeout_s) for request in requests]
         return [
             served.conversations.pinned(request, session_id, lane=lane, timeout_s=timeout_s) for request in requests
         ]
@@ -369,7 +370,7 @@ class Gateway:
         if session_id is None:
             if not (start and end):
                 raise InvalidRequestError("session_id: a conversation of several turns needs one")
-            return served.pool.stream(make_request(messages), timeout_s=timeout_s, silence_s=silence_s)
+            return _alone(served, make_request(messages), timeout_s=timeout_s, silence_s=silence_s)
         return served.conversations.turn(
             session_id, messages, make_request, start=start, end=end, timeout_s=timeout_s, silence_s=silence_s
         )
@@ -442,7 +443,7 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         responses=_ERRORS,
         default_response_class=JSON,
     )
-    for method, path, handler, tag in [
+    routes: list[tuple[str, str, Callable[..., Any], str]] = [
         ("POST", "/v1/chat/completions", gateway.chat_completions, "OpenAI"),
         ("POST", "/v1/completions", gateway.completions, "OpenAI"),
         ("GET", "/v1/models", gateway.models, "OpenAI"),
@@ -456,20 +457,39 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         ("GET", "/health", gateway.health, "state"),
         ("GET", "/state", gateway.state, "state"),
         ("GET", "/metrics", gateway.metrics, "state"),
-    ]:
-        app.add_api_route(path, handler, methods=[method], tags=[tag])
+    ]
+    for method, path, route, tag in routes:
+        app.add_api_route(path, route, methods=[method], tags=[tag])
     app.add_api_route("/", gateway.page, methods=["GET"], include_in_schema=False)
     app.mount("/static", StaticFiles(packages=[("raylm.serve", "static")]))
-    app.add_exception_handler(RaylmError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_bug)
+    handlers: dict[type[Exception], Any] = {
+        RaylmError: _on_error,
+        RequestValidationError: _on_invalid,
+        HTTPException: _on_http,
+        Exception: _on_bug,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
     app.add_middleware(Door, config=config.gateway)
     if config.gateway.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.gateway.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+@asynccontextmanager
+async def _alone(
+    served: ServedPool,
+    request: Request,
+    *,
+    lane: Lane = "interactive",
+    timeout_s: float | None,
+    silence_s: float | None = None,
+) -> AsyncIterator[Stream]:
+    """Run a request of no session. It begins when the block is entered, so that what is never entered runs never."""
+    async with served.pool.stream(request, lane=lane, timeout_s=timeout_s, silence_s=silence_s) as stream:
+        yield stream
 
 
 async def _complete(turn: Turn) -> Completion:
@@ -539,9 +559,7 @@ def _note_receipt(completion: Completion) -> None:
 # What is raised, as an answer
 
 
-async def _on_error(_: HTTPRequest, error: Exception) -> Response:
-    if not isinstance(error, RaylmError):
-        raise AssertionError("unreachable: registered for RaylmError")
+async def _on_error(_: HTTPRequest, error: RaylmError) -> Response:
     headers = {}
     if error.status_code in (429, 503):
         headers["retry-after"] = f"{max(1, round(error.retry_after_s or _RETRY_AFTER_S))}"
@@ -549,9 +567,7 @@ async def _on_error(_: HTTPRequest, error: Exception) -> Response:
     return JSON(error_body(error), status_code=error.status_code, headers=headers)
 
 
-async def _on_invalid(_: HTTPRequest, error: Exception) -> Response:
-    if not isinstance(error, RequestValidationError):
-        raise AssertionError("unreachable: registered for RequestValidationError")
+async def _on_invalid(_: HTTPRequest, error: RequestValidationError) -> Response:
     problem = error.errors()[0]
     where = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
     param = where[0] if where and problem["type"] != "json_invalid" else None
@@ -564,9 +580,7 @@ async def _answer_invalid(error: InvalidRequestError, param: str | None) -> Resp
     return JSON(error_body(error, param), status_code=error.status_code)
 
 
-async def _on_http(_: HTTPRequest, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise AssertionError("unreachable: registered for HTTPException")
+async def _on_http(_: HTTPRequest, error: HTTPException) -> Response:
     detail = {"message": str(error.detail), "type": "HTTPError", "param": None, "code": error.status_code}
     return JSON({"error": detail}, status_code=error.status_code, headers=error.headers)
 

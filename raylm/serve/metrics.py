@@ -34,7 +34,7 @@ _HISTOGRAMS = {
 
 def render(models: Sequence[ModelState]) -> bytes:
     """Return the text for Prometheus."""
-    return generate_latest(_Collected(list(_families(models))))  # type: ignore[arg-type]
+    return generate_latest(_Collected(list(_families(models))))
 
 
 class _Collected:

