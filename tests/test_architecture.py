@@ -12,14 +12,14 @@ import raylm
 PACKAGE = Path(raylm.__file__).parent
 
 LAYERS = [
-    {"_version", "heap"},
-    {"errors", "messages"},
+    {"_version", "heap", "ports"},
+    {"errors", "messages", "statistics"},
     {"config", "template", "models"},
     {"engines"},
     {"actors"},
-    {"routing", "stream", "link", "pool", "conversation"},
+    {"routing", "stream", "link", "pool", "conversation", "served"},
     {"chatbot"},
-    {"api", "batch"},
+    {"api", "batch", "serve"},
     {"cli", "demo", "compat"},
 ]
 """A module imports from its own layer and the ones above it in this list, never from one below."""

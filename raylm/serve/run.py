@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -26,7 +27,9 @@ APP = "raylm"
 
 _METRICS_PORT = "RAY_SERVE_HAPROXY_METRICS_PORT"
 _STATS_PORT = "RAY_SERVE_HAPROXY_STATS_PORT"
-_DEFAULT_PORTS = {_METRICS_PORT: 9101, _STATS_PORT: 8404}  # Source: ray 2.60, serve/_private/constants.py
+_FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+_DEFAULT_PORTS = {_METRICS_PORT: 9101, _STATS_PORT: 8404, _FALLBACK_PORT: 8500}
+"""Ports that HAProxy mode takes on each machine. Source: ray 2.60, serve/_private/constants.py."""
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -65,6 +68,8 @@ def prepare_environment(proxy: Proxy) -> tuple[Literal["haproxy", "python"], str
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(chosen == "haproxy"))
     # The gateway's coroutines then run on the loop that has the connection, and not behind a queue in another thread.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    # Serve waits so long (30 s by itself) for balancers in front to see that a gateway goes; streams have longer.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
     return chosen, why
 
 
@@ -94,13 +99,12 @@ class Endpoint:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
-    def start(self) -> None:
-        """Start Ray where there is none, the gateways and the actors; returns when every slot is up.
+    def connect(self) -> None:
+        """Connect to Ray, and start it where there is none.
 
         Raises:
-            EngineStartError: the port is taken, or an engine did not start; the text says what to do.
-            PlacementError: the actors do not fit.
-            InvalidRequestError: a model is being served with other settings.
+            EngineStartError: the port is taken; the text says by whom.
+            PlacementError: there is no cluster at the address.
         """
         if why := refusal(self._host, self._port):
             raise EngineStartError(f"port {self._port} cannot be had: {why}; end that, or take another --port")
@@ -109,12 +113,22 @@ class Endpoint:
         if self._host in _LOOPBACK:
             os.environ[LOOPBACK] = "1"
         self._owns_ray = connect(self._address)
+
+    def start(self) -> None:
+        """Start the gateways and the actors; returns when every slot is up.
+
+        Raises:
+            EngineStartError: an engine did not start; the text says what to do.
+            PlacementError: the actors do not fit.
+            InvalidRequestError: a model is being served with other settings.
+        """
         from ray import serve
         from ray.serve.config import HTTPOptions
         from ray.serve.exceptions import RayServeException
 
         from raylm.serve.app import build_app
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._owns_serve = not _serve_runs()
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
@@ -133,10 +147,10 @@ class Endpoint:
 
         if not ray.is_initialized():
             return
-        if self._owns_serve:
+        if self._owns_serve and not self._owns_ray:
             serve.shutdown()
         else:
-            serve.delete(APP)
+            serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
 
         async def end_all() -> None:
             await asyncio.gather(*(end(model.name) for model in self._config.models))
@@ -159,8 +173,12 @@ def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> 
         asked_to_end.set()
         raise KeyboardInterrupt
 
-    previous: dict[int, Any] = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     try:
+        endpoint.connect()
+        for number in numbers:  # now, because Ray sets handlers of its own
+            signal.signal(number, interrupt)
         endpoint.start()
         started()
         asked_to_end.wait()

@@ -574,7 +574,7 @@ class StreamChatWire:
         """Return nothing: status 0 was the last event."""
         return b""
 
-    def whole(self, completions: Sequence[Completion]) -> Any:
+    def whole(self, completions: Sequence[Completion]) -> Any:  # noqa: ARG002
         """Not used: the seed's `stream_chat` is a stream also where it has one event."""
         raise AssertionError("unreachable: stream_chat is always a stream")
 

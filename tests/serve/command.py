@@ -1,0 +1,143 @@
+"""`raylm serve` as a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+import yaml
+
+from raylm.ports import free_port
+
+_MAIN = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from raylm.cli import main
+sys.exit(main())
+"""
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 60.0
+
+
+class ServeCommand:
+    """A running `raylm serve` with a Ray cluster of its own.
+
+    Attributes:
+        url: Where it answers.
+        process: The command.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen[str], log: Path) -> None:
+        self.url = url
+        self.process = process
+        self.log = log
+
+    def get(self, path: str, **rest: Any) -> requests.Response:
+        """Send a GET request."""
+        return requests.get(self.url + path, timeout=60, **rest)
+
+    def post(self, path: str, json: Any = None, **rest: Any) -> requests.Response:
+        """Send a POST request."""
+        return requests.post(self.url + path, json=json, timeout=120, **rest)
+
+    def state(self, model: int = 0) -> dict[str, Any]:
+        """Return what `/state` says of one model."""
+        state: dict[str, Any] = self.get("/state").json()["models"][model]
+        return state
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the living processes of this endpoint's cluster whose title has `title` in it, the oldest first.
+
+        Ray's titles: `ray::EngineActor`, `ray::ManagerActor`, `ray::MemorySessionStore`,
+        `ray::ServeReplica:raylm:gateway`, `ray::HAProxyManager`, `ray::ProxyActor`; a method that runs comes after the
+        class.
+        """
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """End it and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(_STOP_TIMEOUT_S)
+
+
+@contextmanager
+def serve_command(
+    config: dict[str, Any], *, proxy: str = "haproxy", env: dict[str, str] | None = None
+) -> Iterator[ServeCommand]:
+    """Run `raylm serve` with a configuration until the block is left.
+
+    Args:
+        config: What would be in the YAML file.
+        proxy: As `--proxy`.
+        env: More of the environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="raylm-serve-") as folder:
+        file = Path(folder) / "serve.yaml"
+        file.write_text(yaml.safe_dump(config))
+        log = Path(folder) / "log"
+        port = free_port()
+        # A shell that started the tests in the background has SIGINT ignored, and children inherit that.
+        command = [
+            sys.executable,
+            "-c",
+            _MAIN,
+            "serve",
+            str(file),
+            "--port",
+            str(port),
+            "--proxy",
+            proxy,
+            "--address",
+            "local",
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+        )
+        served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
+        try:
+            _wait_until_up(process, log)
+            yield served
+        finally:
+            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            served.stop()
+            _, alive = psutil.wait_procs(children, timeout=15)
+            for child in alive:  # a test has broken what should have ended them
+                child.kill()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def _wait_until_up(process: subprocess.Popen[str], log: Path) -> None:
+    if process.stderr is None:
+        raise AssertionError("unreachable: stderr is a pipe")
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    said = ""
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([process.stderr], [], [], 1.0)
+        if ready:
+            line = process.stderr.readline()
+            said += line
+            if line.startswith("serving "):
+                log.write_text(said)
+                return
+            if not line:
+                break
+    raise AssertionError(f"raylm serve did not come up:\n{said}")
