@@ -330,6 +330,14 @@ class APIServerEngine:
         """
         await self._client().generate(request, emit)
 
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the ids of the prompt's tokens. See `HTTPEngine.tokenize`.
+
+        Raises:
+            ActorLostError: the server has died for good.
+        """
+        return await self._client().tokenize(request)
+
     async def check_health(self) -> None:
         """Return when the server says that it works.
 

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -37,7 +37,7 @@ from raylm.errors import (
     InvalidRequestError,
     from_message,
 )
-from raylm.messages import Delta, EngineStatistics, FinishReason, Request, Usage
+from raylm.messages import Candidates, Delta, Details, EngineStatistics, FinishReason, Request, Usage
 
 HEADER = struct.Struct(">I")
 
@@ -68,6 +68,13 @@ class Ping(msgspec.Struct, tag=True):
     key: int
 
 
+class Tokenize(msgspec.Struct, tag=True):
+    """Answer with `Tokens`: those of a request's prompt."""
+
+    key: int
+    request: Request
+
+
 class Ready(msgspec.Struct, tag=True):
     """The model is loaded.
 
@@ -90,6 +97,26 @@ class Failure(msgspec.Struct, tag=True):
     error: ErrorMessage
 
 
+Ranked = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place, the likeliest first: id and log-probability of each."""
+
+
+class Extra(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """What `messages.Details` tells, with ids for texts.
+
+    Attributes:
+        top_logprobs: For each of the output's `token_ids`.
+        prompt_token_ids: The prompt's; in the first output of a request with `echo` that continues nothing.
+        prompt_logprobs: Of each of them, if asked for; that of the first is 0.0.
+        prompt_top_logprobs: For each of them, if asked for; none for the first.
+    """
+
+    top_logprobs: tuple[Ranked, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[Ranked, ...] = ()
+
+
 class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one request produced.
 
@@ -103,6 +130,7 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         num_silent: How many tokens at the end of `token_ids` have no text: the one that ended the sequence may be an
             ordinary token.
         cached_tokens: Prompt tokens that the prefix cache held; None where the engine does not tell.
+        extra: What else there is to tell of tokens, if asked for.
     """
 
     key: int
@@ -113,6 +141,7 @@ class Output(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     error: ErrorMessage | None = None
     num_silent: int = 0
     cached_tokens: int | None = None
+    extra: Extra | None = None
 
 
 class Step(msgspec.Struct, tag=True):
@@ -133,8 +162,16 @@ class Pong(msgspec.Struct, tag=True):
     key: int
 
 
-Command = Add | Cancel | Ping
-Report = Ready | Failure | Step | Pong
+class Tokens(msgspec.Struct, tag=True):
+    """The answer to the `Tokenize` of that key. The error is set instead of the tokens when there are none."""
+
+    key: int
+    token_ids: tuple[int, ...] = ()
+    error: ErrorMessage | None = None
+
+
+Command = Add | Cancel | Ping | Tokenize
+Report = Ready | Failure | Step | Pong | Tokens
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_report: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
@@ -201,7 +238,7 @@ def start_child() -> BinaryIO:
 class _Generation:
     """Turns the outputs of one request into deltas."""
 
-    __slots__ = ("_detokenizer", "_emit", "_num_tokens", "_stop_words", "_unsent", "done")
+    __slots__ = ("_detokenizer", "_emit", "_num_tokens", "_speller", "_stop_words", "_unsent", "done")
 
     def __init__(self, request: Request, emit: Emit, vocabulary: Vocabulary, done: asyncio.Future[None]) -> None:
         generated = request.generated
@@ -210,6 +247,7 @@ class _Generation:
         self._num_tokens = generated.num_tokens if generated else 0
         self._detokenizer = Detokenizer(vocabulary, text_start=not generated or bool(generated.token_ids))
         self._stop_words = StopWords(request.config.stop_words)
+        self._speller = vocabulary if request.config.logprobs or request.config.echo else None  # of `Delta.details`
         self._unsent = ""
         if generated and generated.token_ids:
             # Brings back what the earlier attempts held: half a character, the beginning of a stop word.
@@ -232,6 +270,8 @@ class _Generation:
         shown = output.token_ids[: -output.num_silent] if output.num_silent else output.token_ids
         text, hit = self._stop_words.feed(self._detokenizer.feed(shown))
         delta = Delta(text, self._num_tokens, output.token_ids, output.logprobs)
+        if self._speller is not None:
+            delta.details = _details(self._speller, output)
         if self._unsent:
             delta.text = self._unsent + text
             self._unsent = ""
@@ -249,6 +289,24 @@ class _Generation:
             return
         if delta.finish_reason is not None:
             self.done.set_result(None)
+
+
+def _details(vocabulary: Vocabulary, output: Output) -> Details:
+    """Return what an output tells beyond its text."""
+    spell = vocabulary.spell
+    extra = output.extra or Extra()
+
+    def spelled(places: tuple[Ranked, ...]) -> tuple[Candidates, ...]:
+        return tuple(tuple((spell(token_id), logprob) for token_id, logprob in ranked) for ranked in places)
+
+    return Details(
+        tuple(map(spell, output.token_ids)),
+        spelled(extra.top_logprobs),
+        extra.prompt_token_ids,
+        tuple(map(spell, extra.prompt_token_ids)),
+        extra.prompt_logprobs,
+        spelled(extra.prompt_top_logprobs),
+    )
 
 
 class ChildProcess:
@@ -274,7 +332,7 @@ class ChildProcess:
         self._down: EngineError | None = EngineError("the engine has not started; call start first")
         # What the child works on. A request stays until the child has said that it is gone, even if its client left.
         self._generations: dict[int, _Generation] = {}
-        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._questions: dict[int, asyncio.Future[tuple[int, ...]]] = {}  # pings are answered with nothing
         self._num_tokens = 0
         self._cache_usage = 0.0
 
@@ -334,10 +392,7 @@ class ChildProcess:
         _check(request)
         key = next(self._keys)
         generation = _Generation(request, emit, self._vocabulary, asyncio.get_running_loop().create_future())
-        try:
-            self._send(Add(key, request))
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
+        self._send(Add(key, request))
         self._generations[key] = generation
         try:
             await generation.done
@@ -353,13 +408,21 @@ class ChildProcess:
             EngineError: the engine has not started, or was closed.
         """
         self._check_up()
-        key = next(self._keys)
-        self._pings[key] = asyncio.get_running_loop().create_future()
+        await self._ask(Ping(next(self._keys)))
+
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the prompt's tokens. See `engines.base.Engine.tokenize`."""
+        self._check_up()
+        _check(request)
+        return await self._ask(Tokenize(next(self._keys), request))
+
+    async def _ask(self, command: Ping | Tokenize) -> tuple[int, ...]:
+        self._questions[command.key] = asyncio.get_running_loop().create_future()
         try:
-            self._send(Ping(key))
-            await self._pings[key]
+            self._send(command)
+            return await self._questions[command.key]
         finally:
-            self._pings.pop(key, None)
+            del self._questions[command.key]
 
     def statistics(self) -> EngineStatistics:
         """Return the load. An aborted request is running until the child has let go of it."""
@@ -377,7 +440,10 @@ class ChildProcess:
             raise _copy(self._down)
 
     def _send(self, command: msgspec.Struct) -> None:
-        frame = pack(command)
+        try:
+            frame = pack(command)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
         # Towards a child that is dead nothing needs sending: `_read` is about to fail whoever waits for an answer.
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
             self._process.stdin.write(frame)
@@ -415,8 +481,15 @@ class ChildProcess:
                         del self._generations[output.key]
                     generation.advance(output)
             case Pong(key):
-                if (ping := self._pings.get(key)) is not None and not ping.done():
-                    ping.set_result(None)
+                if (question := self._questions.get(key)) is not None and not question.done():
+                    question.set_result(())
+            case Tokens(key, token_ids, error):
+                if (question := self._questions.get(key)) is None or question.done():
+                    return
+                if error is None:
+                    question.set_result(token_ids)
+                else:
+                    question.set_exception(from_message(error))
             case Ready():
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(report)
@@ -442,7 +515,8 @@ class ChildProcess:
     def _fail(self, error: EngineError) -> None:
         """Refuse all work from now on, and end what runs."""
         self._down = error
-        for waiter in [*(generation.done for generation in self._generations.values()), *self._pings.values()]:
+        waiters: list[asyncio.Future[Any]] = [generation.done for generation in self._generations.values()]
+        for waiter in [*waiters, *self._questions.values()]:
             if not waiter.done():
                 waiter.set_exception(_copy(error))
         self._generations.clear()
@@ -463,7 +537,7 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
 def _check(request: Request) -> None:
     """Raise InvalidRequestError for what the chat templates of the libraries would pass over in silence."""
     if request.messages is None:
-        if not request.prompt:
+        if not (request.prompt or request.prompt_token_ids):
             raise InvalidRequestError("the prompt is empty; send some text")
         return
     if not request.messages:

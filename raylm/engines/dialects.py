@@ -5,11 +5,12 @@ The same parameter has another name, or none, at each server that speaks OpenAI'
 pass over in silence is an error here.
 
     what the request is             where it goes
-    a raw prompt                    /v1/completions
+    a raw prompt, token ids         /v1/completions
     ... at lmdeploy 0.18            /generate, which tells the token ids; it takes no seed
     ... that needs what both lack   /v1/chat/completions with token ids instead of messages (lmdeploy 0.18)
     messages                        /v1/chat/completions
     ... at lmdeploy before 0.5      /v1/chat/interactive, stateless: its streams alone tell token counts there
+    what tokens a prompt has        /tokenize, at lmdeploy /v1/encode
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ from typing import Any, Literal
 import msgspec
 
 from raylm.errors import InvalidRequestError, ProtocolError, UpstreamError
-from raylm.messages import FinishReason, GenerationConfig, Message, Request
+from raylm.messages import Candidates, FinishReason, GenerationConfig, Message, Request
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 INTERACTIVE = "/v1/chat/interactive"
 GENERATE = "/generate"
 ENCODE = "/v1/encode"
+TOKENIZE = "/tokenize"
 
 Kind = Literal["lmdeploy", "vllm", "sglang", "openai"]
 
 # Taken to be known where a server does not say.
-_OPENAI_FIELDS = frozenset({"max_tokens", "temperature", "top_p", "stop", "seed", "stream_options"})
+_OPENAI_FIELDS = frozenset(
+    {"max_tokens", "temperature", "top_p", "stop", "seed", "stream_options", "presence_penalty", "frequency_penalty"}
+)
 _EXTENSIONS: dict[Kind, frozenset[str]] = {
     "lmdeploy": frozenset({"top_k", "repetition_penalty", "ignore_eos"}),
     "vllm": frozenset({"top_k", "repetition_penalty", "ignore_eos", "min_tokens"}),
@@ -74,7 +78,9 @@ class Server:
     def fields_of(self, path: str) -> frozenset[str]:
         """Return the fields that a route understands."""
         known = self.fields.get(path)
-        return _OPENAI_FIELDS | _EXTENSIONS[self.kind] if known is None else known
+        if known is None:
+            return _OPENAI_FIELDS | _EXTENSIONS[self.kind] | ({"response_format"} if path == CHAT else frozenset())
+        return known
 
     @property
     def interactive(self) -> bool:
@@ -184,9 +190,9 @@ class Call:
 def plan(server: Server, model: str, request: Request) -> Call:
     """Say `request` as `server` understands it.
 
-    A raw prompt is continued by adding what was generated. A conversation is continued within its last message where
-    the server does that. Where it does not, the answer is generated again from its start, and `Call.skip` is what the
-    client has of it already.
+    A raw prompt is continued by adding what was generated, token ids by adding those. A conversation is continued
+    within its last message where the server does that. Where it does not, the answer is generated again from its start,
+    and `Call.skip` is what the client has of it already.
 
     Raises:
         InvalidRequestError: the server cannot honour a parameter; the text names it.
@@ -194,18 +200,10 @@ def plan(server: Server, model: str, request: Request) -> Call:
             answer is another one each time.
     """
     config, generated = request.config, request.generated
+    if config.echo:
+        raise InvalidRequestError("echo: raylm does not ask a server for the tokens of the prompt; leave it out")
     if request.messages is None:
-        prompt = (request.prompt or "") + (generated.text if generated else "")
-        num_before = generated.num_tokens if generated else 0
-        path = next((path for path in _raw_routes(server, model) if _honours(server, path, config)), COMPLETIONS)
-        body = _parameters(server, path, config, num_before)
-        if path != GENERATE:
-            body["model"] = model
-        if path == CHAT:
-            body["messages"] = []
-        else:
-            body["prompt"] = prompt
-        return Call(path, body, "", num_before, encode=prompt if path == CHAT else None)
+        return _plan_raw(server, model, request)
     messages = [_message(message) for message in request.messages]
     if server.interactive:
         if generated:
@@ -216,7 +214,9 @@ def plan(server: Server, model: str, request: Request) -> Call:
         return Call(CHAT, {"model": model, "messages": messages, **_parameters(server, CHAT, config, 0)})
     fields = server.fields_of(CHAT)
     # Chat templates trim messages, so that a text with white space at its ends would not be continued where it ends.
-    if generated.text == generated.text.strip() != "" and request.messages[-1].role != "assistant":
+    # A JSON schema is begun anew with each answer.
+    trimmed = generated.text == generated.text.strip() != ""
+    if trimmed and request.messages[-1].role != "assistant" and config.json_schema is None:
         extra: dict[str, bool] | None = None
         if "continue_final_message" in fields:
             # Source: vllm 0.11, `ChatCompletionRequest.continue_final_message`.
@@ -234,11 +234,57 @@ def plan(server: Server, model: str, request: Request) -> Call:
     return Call(CHAT, body, generated.text)
 
 
+def _plan_raw(server: Server, model: str, request: Request) -> Call:
+    config, generated, ids = request.config, request.generated, request.prompt_token_ids
+    skip, num_before = "", 0
+    if generated is not None and generated.num_tokens:
+        if config.json_schema is not None or (ids is not None and not generated.token_ids):
+            _check_repeatable(config)
+            skip, generated = generated.text, None
+        else:
+            num_before = generated.num_tokens
+    routes = list(_raw_routes(server, model, token_ids=ids is not None))
+    if not routes:
+        raise InvalidRequestError("prompt_token_ids: no route of the server takes them; send a prompt")
+    path = next((path for path in routes if _honours(server, path, config)), routes[0])
+    body = _parameters(server, path, config, num_before)
+    if path != GENERATE:
+        body["model"] = model
+    if path == CHAT:
+        body["messages"] = []
+    if ids is None:
+        prompt = (request.prompt or "") + (generated.text if generated else "")
+        if path == CHAT:
+            return Call(path, body, skip, num_before, encode=prompt)
+        body["prompt"] = prompt
+    else:
+        body["prompt" if path == COMPLETIONS else "input_ids"] = [*ids, *(generated.token_ids if generated else ())]
+    return Call(path, body, skip, num_before)
+
+
+def ask_for_tokens(server: Server, model: str, request: Request) -> tuple[str, dict[str, Any]]:
+    """Return the route and body that ask for the tokens of a prompt.
+
+    Raises:
+        InvalidRequestError: the server cannot tell them.
+    """
+    if ENCODE in server.paths and request.messages is None:
+        return ENCODE, {"input": request.prompt}
+    if TOKENIZE in server.paths:
+        # Source: vllm 0.11, `TokenizeCompletionRequest`, `TokenizeChatRequest`. sglang's has the first alone.
+        if request.messages is None:
+            return TOKENIZE, {"model": model, "prompt": request.prompt}
+        if server.kind == "vllm":
+            return TOKENIZE, {"model": model, "messages": [_message(message) for message in request.messages]}
+    what = "a prompt" if request.messages is None else "messages"
+    raise InvalidRequestError(f"the server cannot count tokens of {what}; ask another engine")
+
+
 def _check_repeatable(config: GenerationConfig) -> None:
     if not config.greedy and config.seed is None:
         raise UpstreamError(
-            "the answer could not be continued exactly: the server does not continue messages, and a sampled answer "
-            "is another one each time. Set temperature to 0, a seed, or a meta_template, which makes messages one "
+            "the answer could not be continued exactly: the server would begin it anew, and a sampled answer is "
+            "another one each time. Set temperature to 0, a seed, or a meta_template, which makes messages one "
             "raw prompt"
         )
 
@@ -250,12 +296,15 @@ def _message(message: Message) -> dict[str, str]:
     return shown
 
 
-def _raw_routes(server: Server, model: str) -> Iterator[str]:
+def _raw_routes(server: Server, model: str, *, token_ids: bool) -> Iterator[str]:
     """Yield the routes that take a raw prompt, the one that tells most first."""
+    generate = server.fields_of(GENERATE)
     # sglang has a route of this name for something else. Adapters cannot be named there.
-    if server.kind == "lmdeploy" and "return_logprob" in server.fields_of(GENERATE) and model == server.models[0]:
+    needed = {"return_logprob", "input_ids"} if token_ids else {"return_logprob"}
+    if server.kind == "lmdeploy" and needed <= generate and model == server.models[0]:
         yield GENERATE
-    yield COMPLETIONS
+    if not token_ids or server.kind != "lmdeploy":  # which takes a list for several prompts
+        yield COMPLETIONS
     if server.takes_token_ids:
         yield CHAT
 
@@ -267,6 +316,7 @@ def _honours(server: Server, path: str, config: GenerationConfig) -> bool:
         (not config.min_new_tokens or not fields.isdisjoint({"min_new_tokens", "min_tokens"}))
         and (not config.logprobs or _tells_logprobs(path, fields))
         and (config.seed is None or config.greedy or "seed" in fields)
+        and (config.json_schema is None or "response_format" in fields)
     )
 
 
@@ -307,6 +357,19 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         body["repetition_penalty"] = config.repetition_penalty
     elif config.repetition_penalty != 1:
         refuse("repetition_penalty", "1.0")
+    for name, value in (
+        ("presence_penalty", config.presence_penalty),
+        ("frequency_penalty", config.frequency_penalty),
+    ):
+        if value:
+            # lmdeploy takes them and does nothing. Source: lmdeploy 0.18.0, `serve.openai.endpoints`.
+            if server.kind == "lmdeploy" or name not in fields:
+                refuse(name, "0")
+            body[name] = value
+    if config.json_schema is not None:
+        if "response_format" not in fields:
+            refuse("json_schema", "None")
+        body["response_format"] = _response_format(config.json_schema)
     if config.ignore_eos:
         if "ignore_eos" not in fields:
             refuse("ignore_eos", "False")
@@ -324,14 +387,31 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         if not _tells_logprobs(path, fields):
             refuse("logprobs", "False")
         if "return_logprob" in fields:
+            # Beside ids, not texts: those of lmdeploy are as its tokenizer stores them.
+            if config.top_logprobs:
+                refuse("top_logprobs", "0")
             body["return_logprob"] = True
+        elif path == CHAT:
+            body["logprobs"] = True
+            if config.top_logprobs:
+                if "top_logprobs" not in fields:
+                    refuse("top_logprobs", "0")
+                body["top_logprobs"] = config.top_logprobs
         else:
-            body["logprobs"] = True if path == CHAT else 1
+            body["logprobs"] = max(1, config.top_logprobs)
     if "stream_options" in fields:
         body["stream_options"] = {"include_usage": True}
         if server.kind in ("vllm", "sglang"):
             body["stream_options"]["continuous_usage_stats"] = True
     return body
+
+
+def _response_format(json_schema: str) -> dict[str, Any]:
+    try:
+        schema = msgspec.json.decode(json_schema)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise InvalidRequestError(f"json_schema: it is no JSON: {error}") from None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 def _interactive_parameters(config: GenerationConfig) -> dict[str, Any]:
@@ -343,6 +423,9 @@ def _interactive_parameters(config: GenerationConfig) -> dict[str, Any]:
         ("seed", config.seed if not config.greedy else None, None),
         ("min_new_tokens", config.min_new_tokens, 0),
         ("logprobs", config.logprobs, False),
+        ("presence_penalty", config.presence_penalty, 0),
+        ("frequency_penalty", config.frequency_penalty, 0),
+        ("json_schema", config.json_schema, None),
     ):
         if value != neutral:
             raise InvalidRequestError(
@@ -385,12 +468,19 @@ class _PromptTokensDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
-class _TokenLogprob(msgspec.Struct):
+class _Candidate(msgspec.Struct):
+    token: str
     logprob: float
 
 
+class _TokenLogprob(_Candidate):
+    top_logprobs: list[_Candidate] = []
+
+
 class _Logprobs(msgspec.Struct):
+    tokens: list[str] = []
     token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
     content: list[_TokenLogprob] | None = None
 
 
@@ -453,6 +543,8 @@ class Piece(msgspec.Struct, gc=False):
         num_tokens: How many tokens that probably is, for servers that do not tell.
         token_ids: Ids of the new tokens, or empty.
         logprobs: Log-probability of each of `token_ids`, or empty.
+        token_texts: Text of each, where the server tells log-probabilities beside texts.
+        top_logprobs: The candidates for each, the likeliest first, where it tells any.
         finish_reason: Set on the last piece with text.
         usage: Token counts so far.
     """
@@ -461,6 +553,8 @@ class Piece(msgspec.Struct, gc=False):
     num_tokens: int = 0
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
+    token_texts: Sequence[str] = ()
+    top_logprobs: Sequence[Candidates] = ()
     finish_reason: FinishReason | None = None
     usage: TokenCounts | None = None
 
@@ -501,6 +595,8 @@ def read_event(data: bytes) -> Piece:
     if token_ids := choice.output_ids or choice.token_ids:
         piece.token_ids = token_ids
         piece.logprobs = _logprobs(choice.output_token_logprobs, choice.logprobs, len(token_ids))
+        if choice.logprobs is not None and piece.logprobs:
+            piece.token_texts, piece.top_logprobs = _texts(choice.logprobs, len(token_ids))
     if choice.finish_reason is not None:
         piece.finish_reason = _finish_reason(choice.finish_reason)
     return piece
@@ -565,3 +661,16 @@ def _logprobs(pairs: Sequence[tuple[float, int]] | None, told: _Logprobs | None,
     if len(logprobs) != num_tokens:
         raise ProtocolError(f"the server sent {len(logprobs)} log-probabilities for {num_tokens} tokens")
     return logprobs
+
+
+def _texts(told: _Logprobs, num_tokens: int) -> tuple[Sequence[str], Sequence[Candidates]]:
+    """Return the text of each token, and the candidates for each, where there are any."""
+    if told.content is not None:
+        texts = [token.token for token in told.content]
+        places = [[(candidate.token, candidate.logprob) for candidate in token.top_logprobs] for token in told.content]
+    else:
+        texts = told.tokens
+        places = [list((place or {}).items()) for place in told.top_logprobs or ()]
+    if len(texts) != num_tokens or (places and len(places) != num_tokens):
+        raise ProtocolError(f"the server sent {len(texts)} texts with log-probabilities for {num_tokens} tokens")
+    return texts, [tuple(sorted(place, key=lambda candidate: -candidate[1])) for place in places]

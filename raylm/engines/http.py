@@ -29,12 +29,14 @@ from raylm.engines.dialects import (
     ENCODE,
     INTERACTIVE,
     READERS,
+    TOKENIZE,
     Call,
     ErrorEventError,
     MetaInfo,
     Piece,
     Server,
     TokenCounts,
+    ask_for_tokens,
     describe,
     plan,
 )
@@ -50,7 +52,17 @@ from raylm.errors import (
     RequestTimeoutError,
     UpstreamError,
 )
-from raylm.messages import Delta, EngineInfo, EngineStatistics, FinishReason, Generated, Request, Usage
+from raylm.messages import (
+    Candidates,
+    Delta,
+    Details,
+    EngineInfo,
+    EngineStatistics,
+    FinishReason,
+    Generated,
+    Request,
+    Usage,
+)
 
 _UNKNOWN_CONTEXT = 1 << 20  # tokens; the server itself refuses what is too long
 
@@ -88,6 +100,9 @@ class _Generation:
         self._num_held = 0  # characters that the stop words hold back
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
+        self._token_texts: list[str] = []  # of each of those, if the server tells
+        self._top_logprobs: list[Candidates] = []
+        self._num_candidates = request.config.top_logprobs
         self._num_ids_out = generated.num_tokens - call.num_before  # of `_token_ids`; earlier attempts told the first
         self._num_ids_shown = self._num_ids_out
         self._finish_reason: FinishReason | None = None
@@ -128,7 +143,7 @@ class _Generation:
             if piece.finish_reason is not None:
                 self._finish_reason = piece.finish_reason
         if shown:
-            self._emit(Delta(shown, self._num_shown, *self._take_ids()))
+            self._emit(self._delta(shown, self._num_shown))
         return hit
 
     def _count(self, piece: Piece) -> None:
@@ -137,6 +152,9 @@ class _Generation:
             self._num_tokens += len(piece.token_ids)
             self._token_ids += piece.token_ids
             self._logprobs += piece.logprobs
+            if piece.token_texts:
+                self._token_texts += piece.token_texts
+                self._top_logprobs += [ranked[: self._num_candidates] for ranked in piece.top_logprobs]
         elif counts is None:
             self._num_tokens += piece.num_tokens
         if counts is not None:
@@ -153,9 +171,14 @@ class _Generation:
             return text
         raise _DivergedError
 
-    def _take_ids(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        start, self._num_ids_out = self._num_ids_out, max(self._num_ids_out, self._num_ids_shown)
-        return tuple(self._token_ids[start : self._num_ids_out]), tuple(self._logprobs[start : self._num_ids_out])
+    def _delta(self, text: str, num_tokens: int) -> Delta:
+        start, end = self._num_ids_out, max(self._num_ids_out, self._num_ids_shown)
+        self._num_ids_out = end
+        delta = Delta(text, num_tokens, tuple(self._token_ids[start:end]), tuple(self._logprobs[start:end]))
+        if self._token_texts:
+            candidates = self._top_logprobs[start:end] if self._num_candidates else ()
+            delta.details = Details(tuple(self._token_texts[start:end]), tuple(candidates))
+        return delta
 
     def finish(self, usage: TokenCounts) -> None:
         """Emit the last delta.
@@ -167,7 +190,8 @@ class _Generation:
             raise _DivergedError
         num_tokens = max(self._num_shown, self._num_tokens)
         self._num_ids_shown = len(self._token_ids)
-        last = Delta(self._stop_words.flush(), num_tokens, *self._take_ids(), self._finish_reason)
+        last = self._delta(self._stop_words.flush(), num_tokens)
+        last.finish_reason = self._finish_reason
         prompt_tokens = max(0, usage.prompt_tokens - self._num_before)
         last.usage = Usage(prompt_tokens, num_tokens, usage.cached_tokens)
         self._emit(last)
@@ -341,19 +365,9 @@ class HTTPEngine:
 
     async def _body(self, call: Call) -> bytes:
         """Return a call's body as JSON."""
-        try:
-            if call.encode is None:
-                return _encode(call.body)
-            text = _encode({"input": call.encode})
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
-        async with self._post(ENCODE, text, stream=False) as response:
-            answer = await response.read()
-        try:
-            token_ids = msgspec.json.decode(answer, type=_Encoded).input_ids
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise self._refusal(None, answer) from None
-        return _encode({**call.body, "input_ids": token_ids})
+        if call.encode is None:
+            return _to_json(call.body)
+        return _to_json({**call.body, "input_ids": await self._ask_tokens(ENCODE, {"input": call.encode})})
 
     @contextlib.asynccontextmanager
     async def _post(self, path: str, body: bytes, *, stream: bool) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -390,6 +404,35 @@ class HTTPEngine:
                 if tries == _MAX_TRIES or response.status not in (429, 503) or wait_s > _MAX_RETRY_AFTER_S:
                     raise refused
             await asyncio.sleep(wait_s)
+
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the ids of the prompt's tokens, where the server has a route that tells them.
+
+        Raises:
+            InvalidRequestError: it has none, and cannot count tokens; or as for `generate`.
+        """
+        _check(request)
+        if self._server is None:
+            raise _not_running()
+        if request.prompt_token_ids is not None:
+            return request.prompt_token_ids
+        path, body = ask_for_tokens(self._server, self._model, request)
+        await self._pass_breaker()
+        with self._blaming():
+            token_ids = await self._ask_tokens(path, body)
+        self._breaker.succeed()
+        return tuple(token_ids)
+
+    async def _ask_tokens(self, path: str, body: dict[str, Any]) -> list[int]:
+        async with self._post(path, _to_json(body), stream=False) as response:
+            answer = await response.read()
+        try:
+            counted = msgspec.json.decode(answer, type=_Encoded)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise self._refusal(None, answer) from None
+        if not (token_ids := counted.tokens if path == TOKENIZE else counted.input_ids):
+            raise ProtocolError(f"{self._url}{path} answered without tokens: {excerpt(answer)}")
+        return token_ids
 
     async def check_health(self) -> None:
         """Return when the server says that it works. A server that is down is no reason to replace this client.
@@ -484,7 +527,15 @@ class _Counted(msgspec.Struct):
 
 
 class _Encoded(msgspec.Struct):
-    input_ids: list[int]
+    input_ids: list[int] = []  # lmdeploy's name
+    tokens: list[int] = []  # the others'
+
+
+def _to_json(body: dict[str, Any]) -> bytes:
+    try:
+        return _encode(body)
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"a text of the request is no valid Unicode: {error}; repair it") from None
 
 
 def base_url(url: str) -> str:
@@ -562,7 +613,7 @@ def _authorization(config: HTTPConfig) -> dict[str, str]:
 
 
 def _check(request: Request) -> None:
-    if request.messages is None and not request.prompt:
+    if request.messages is None and not (request.prompt or request.prompt_token_ids):
         raise InvalidRequestError("the prompt is empty; send some text")
     if request.messages is not None and not request.messages:
         raise InvalidRequestError("messages is empty; send at least one")

@@ -89,6 +89,10 @@ class LMDeployEngine:
         """Generate one request. See `engines.base.Engine.generate`."""
         await self._child.generate(request, emit)
 
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the ids of the prompt's tokens. See `engines.base.Engine.tokenize`."""
+        return await self._child.tokenize(request)
+
     async def check_health(self) -> None:
         """Return when the child has answered that lmdeploy's engine lives, also in the middle of a forward pass.
 

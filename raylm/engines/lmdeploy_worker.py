@@ -27,7 +27,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,13 +37,18 @@ from raylm.engines.child import (
     Add,
     Cancel,
     Command,
+    Extra,
     Failure,
     Frames,
     Output,
     Ping,
     Pong,
+    Ranked,
     Ready,
+    Report,
     Step,
+    Tokenize,
+    Tokens,
     first_body,
     pack,
     start_child,
@@ -373,10 +378,12 @@ class Worker:
                     self._send(Pong(command.key))  # else there is no answer, which says it as well
         os._exit(0)  # the parent is gone: nobody is there to wait for an orderly end
 
-    def _obey(self, command: Add | Cancel, tasks: asyncio.TaskGroup) -> None:
+    def _obey(self, command: Add | Cancel | Tokenize, tasks: asyncio.TaskGroup) -> None:
         match command:
             case Add(key, request):
                 self._running[key] = _Running(tasks.create_task(self._work(key, request)))
+            case Tokenize(key, request):
+                self._send(self._tokenize(key, request))
             case Cancel(key):
                 if (running := self._running.get(key)) is not None and not running.cancelled:
                     running.cancelled = True
@@ -426,11 +433,21 @@ class Worker:
                 raise InvalidRequestError("`generated` has token ids that this model does not have; leave them out")
         input_ids = prompt_ids + earlier_ids
         room = min(config.max_new_tokens - num_earlier, self._max_context - len(input_ids))
-        if room < 1:
+        sampling = self._sampling(config, input_ids, earlier_ids, num_earlier, room)
+        if config.echo and generated is None:
+            last.extra = Extra(prompt_token_ids=tuple(prompt_ids))
+        if room < 1 and not (last.extra and config.logprobs):
             last.finish_reason, last.cached_tokens = "length", 0
             return
-        sampling = self._sampling(config, input_ids, earlier_ids, num_earlier, room)
         async with self._slots:
+            if last.extra is not None:
+                if config.logprobs:
+                    last.extra = await self._score(key, prompt_ids, config)
+                if room < 1:
+                    last.finish_reason = "length"
+                    return
+                self._put(Output(key, num_prompt, extra=last.extra))
+                last.extra = None
             session = self._engine.session_mgr.get()
             prepared = await self._engine.preprocess(None, session, gen_config=sampling, input_ids=input_ids)
             running = self._running[key]
@@ -442,21 +459,65 @@ class Worker:
                 last.cached_tokens = min(out.cached_tokens, num_prompt)
                 reason = out.finish_reason
                 logprobs = _logprobs(out) if config.logprobs else ()
+                extra = Extra(_top_logprobs(out, config.top_logprobs)) if config.top_logprobs else None
                 if reason is not None:
-                    last.token_ids, last.logprobs = tuple(out.token_ids or ()), logprobs
+                    last.token_ids, last.logprobs, last.extra = tuple(out.token_ids or ()), logprobs, extra
                 elif out.token_ids:
-                    self._put(Output(key, num_prompt, tuple(out.token_ids), logprobs))
+                    self._put(Output(key, num_prompt, tuple(out.token_ids), logprobs, extra=extra))
         if running.cancelled:
             last.finish_reason = "cancelled"
             last.token_ids = last.logprobs = ()
+            last.extra = None
         else:
             last.finish_reason = _finish_reason(reason, num_tokens, room)
             last.num_silent = int(reason == "stop")
 
+    async def _score(self, key: int, prompt_ids: list[int], config: GenerationConfig) -> Extra:
+        """Return what is told of the prompt where `echo` asks for its log-probabilities."""
+        if self._turbomind:
+            raise InvalidRequestError(
+                "echo: lmdeploy's turbomind engine tells no log-probabilities of the prompt; leave logprobs out, or "
+                "use the pytorch backend"
+            )
+        if len(prompt_ids) == 1:  # lmdeploy does not like to be asked for nothing
+            return Extra((), tuple(prompt_ids), (0.0,), ((),) if config.top_logprobs else ())
+        session = self._engine.session_mgr.get()
+        scoring = self._generation_config(max_new_tokens=0, logprobs=config.top_logprobs, logprob_start_len=0)
+        prepared = await self._engine.preprocess(None, session, gen_config=scoring, input_ids=prompt_ids)
+        self._running[key].session = session
+        rows: list[dict[int, float]] = []
+        async for out in self._engine.generate(prepared):
+            rows = out.logprobs or rows
+        self._running[key].session = None
+        if len(rows) != len(prompt_ids) - 1:
+            if self._running[key].cancelled:
+                raise asyncio.CancelledError
+            raise EngineError(f"lmdeploy told {len(rows)} log-probabilities of {len(prompt_ids)} tokens; send it again")
+        logprobs = _of_tokens(prompt_ids[1:], rows)
+        ranked = tuple(_rank(row, config.top_logprobs) for row in rows)
+        return Extra((), tuple(prompt_ids), (0.0, *logprobs), ((), *ranked) if config.top_logprobs else ())
+
+    def _tokenize(self, key: int, request: Request) -> Tokens:
+        try:
+            return Tokens(key, tuple(self._prompt_ids(request)))
+        except RaylmError as error:
+            return Tokens(key, error=to_message(error))
+        except Exception as error:  # noqa: BLE001 - one request's, and the others go on
+            _log.exception("the tokens of request %s could not be counted", request.request_id)
+            return Tokens(key, error=to_message(EngineError(f"lmdeploy failed on this request: {_describe(error)}")))
+
     def _prompt_ids(self, request: Request) -> list[int]:
-        if request.messages is None:
+        if request.messages is not None:
+            return self._encode(self._apply_chat_template(request.messages), begin=True)
+        if request.prompt_token_ids is None:
             return self._encode(request.prompt or "", begin=True)
-        return self._encode(self._apply_chat_template(request.messages), begin=True)
+        for token_id in request.prompt_token_ids:
+            # An id that the model does not have ends lmdeploy's engine for good.
+            if not 0 <= token_id < self._num_embeddings:
+                raise InvalidRequestError(
+                    f"prompt_token_ids: {token_id} is no token of this model, which has {self._num_embeddings}"
+                )
+        return list(request.prompt_token_ids)
 
     def _encode(self, text: str, *, begin: bool) -> list[int]:
         """Return the tokens of `text`; with `begin`, as those of a whole prompt."""
@@ -497,24 +558,36 @@ class Worker:
                 f"temperature: lmdeploy takes at most {_MAX_TEMPERATURE:g}, got {config.temperature:g}"
             )
         penalty = config.repetition_penalty
+        presence, frequency = config.presence_penalty, config.frequency_penalty
+        if self._turbomind:
+            for name in ("presence_penalty", "frequency_penalty"):
+                if getattr(config, name):
+                    raise InvalidRequestError(f"{name}: lmdeploy's turbomind engine cannot honour it; set it to 0")
+        penalised = penalty != 1 or presence != 0 or frequency != 0
         sampling = self._generation_config(
             max_new_tokens=room,
             min_new_tokens=min(max(0, config.min_new_tokens - num_earlier), room),
-            # Greedy decoding drops the penalty. Sampling from the one likeliest token does not.
-            do_sample=not config.greedy or penalty != 1,
+            # Greedy decoding drops the penalties. Sampling from the one likeliest token does not.
+            do_sample=not config.greedy or penalised,
             temperature=1.0 if config.greedy else config.temperature,
             top_p=1.0 if config.greedy else config.top_p,
             top_k=1 if config.greedy else config.top_k or 0,  # 0: no limit
             repetition_penalty=penalty,
             ignore_eos=config.ignore_eos,
-            logprobs=1 if config.logprobs else None,
+            logprobs=max(1, config.top_logprobs) if config.logprobs else None,
             include_stop_str_in_output=True,  # the token that ended the sequence is counted and told
             # A continued attempt gets a seed of its own: the same one could repeat the draws of the earlier one.
             random_seed=None if config.seed is None else (config.seed + num_earlier) % (1 << 63),
         )
-        if penalty != 1 and not self._turbomind:
+        if penalised and not self._turbomind:
             sampling.repetition_penalty = 1.0
-            sampling.logits_processors = [_Penalty(penalty, input_ids, len(earlier_ids), self._padding_id)]
+            sampling.logits_processors = [
+                _Penalty(penalty, presence, frequency, input_ids, len(earlier_ids), self._padding_id)
+            ]
+        if config.json_schema is not None:
+            if num_earlier:
+                raise EngineError("json_schema: lmdeploy cannot continue such an answer; send the request again")
+            sampling.response_format = _response_format(config.json_schema)
         return sampling
 
     async def _watch(self) -> None:
@@ -542,7 +615,7 @@ class Worker:
         outputs, self._outputs = self._outputs, []
         self._send(Step(outputs, usage))
 
-    def _send(self, report: Ready | Step | Pong) -> None:
+    def _send(self, report: Report) -> None:
         frame = pack(report)
         with self._sending:
             self._reports.write(frame)
@@ -550,23 +623,36 @@ class Worker:
 
 
 class _Penalty:
-    """The repetition penalty for the PyTorch engine, as a logits processor: on each token that was generated.
+    """The penalties for the PyTorch engine, as a logits processor: on each token that was generated.
 
-    The engine's own is a token late where it prepares a step before the last one is over, takes the tokens of an
-    earlier attempt for prompt, and penalises the padding that it puts between requests of different lengths.
+    The engine itself has a repetition penalty alone. That one is a token late where it prepares a step before the last
+    one is over, takes the tokens of an earlier attempt for prompt, and penalises the padding that it puts between
+    requests of different lengths.
 
     Source: lmdeploy 0.18.0, `pytorch.strategies.ar.sampling._gather_generated_ids`. Rows that a processor is given have
     padding before, after and between the tokens: `pytorch.strategies.ar.step_inputs.merge_sampling_delta`.
 
     Args:
-        penalty: > 0.
+        penalty: On repetition, > 0; 1 is none.
+        presence: Taken off the score of each token that was generated.
+        frequency: The same, times how often it was.
         input_ids: All tokens that the request begins with.
         num_earlier: How many at the end of those were generated.
         padding_id: The id that the engine pads with. It is no token that a model generates.
     """
 
-    def __init__(self, penalty: float, input_ids: list[int], num_earlier: int, padding_id: int) -> None:
+    def __init__(
+        self,
+        penalty: float,
+        presence: float,
+        frequency: float,
+        input_ids: list[int],
+        num_earlier: int,
+        padding_id: int,
+    ) -> None:
         self._penalty = penalty
+        self._presence = presence
+        self._frequency = frequency
         self._input_ids = input_ids
         self._num_earlier = num_earlier
         self._padding_id = padding_id
@@ -582,10 +668,11 @@ class _Penalty:
             if torch.equal(row[start : start + length], expected):
                 break
         self._start = start
-        generated = row[start + length - self._num_earlier :].unique()
-        generated = generated[generated != self._padding_id]
+        generated, counts = row[start + length - self._num_earlier :].unique(return_counts=True)
+        generated, counts = generated[generated != self._padding_id], counts[generated != self._padding_id]
         score = scores[generated]
-        scores[generated] = torch.where(score < 0, score * self._penalty, score / self._penalty)
+        score = torch.where(score < 0, score * self._penalty, score / self._penalty)
+        scores[generated] = score - self._presence - self._frequency * counts
         return scores
 
 
@@ -597,8 +684,31 @@ def _no_text(token_ids: list[int], state: Any, **_: object) -> tuple[str, Any]:
 
 def _logprobs(out: Any) -> tuple[float, ...]:
     """Return the log-probability of each token of a `GenOut`, which has those of the likeliest ones beside it."""
-    pairs = zip(out.token_ids or (), out.logprobs or (), strict=True)
-    return tuple(min(0.0, float(candidates[token_id])) for token_id, candidates in pairs)
+    return _of_tokens(out.token_ids or (), out.logprobs or ())
+
+
+def _top_logprobs(out: Any, num: int) -> tuple[Ranked, ...]:
+    """Return the likeliest tokens in the place of each token of a `GenOut`."""
+    return tuple(_rank(row, num) for row in out.logprobs or ())
+
+
+def _of_tokens(token_ids: Sequence[int], rows: Sequence[Mapping[int, float]]) -> tuple[float, ...]:
+    pairs = zip(token_ids, rows, strict=True)
+    return tuple(min(0.0, float(row[token_id])) for token_id, row in pairs)
+
+
+def _rank(row: Mapping[int, float], num: int) -> Ranked:
+    # One more than was asked for is in it, where the token itself is none of the likeliest.
+    ranked = sorted(row.items(), key=lambda candidate: -candidate[1])[:num]
+    return tuple((int(token_id), min(0.0, float(logprob))) for token_id, logprob in ranked)
+
+
+def _response_format(json_schema: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(json_schema)
+    except ValueError as error:
+        raise InvalidRequestError(f"json_schema: it is no JSON: {error}") from None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 def _finish_reason(reason: str | None, num_tokens: int, room: int) -> FinishReason:

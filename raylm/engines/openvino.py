@@ -25,8 +25,9 @@ class OpenVINOEngine:
     `num_tokens`, `token_ids` and usage count every token that the model generated: the one that ended the sequence and
     those of a stop word are among them, though they have no text.
 
-    A continued request arrives at the greedy text of an undisturbed one if the engine is `deterministic`. A sampled one
-    goes on with other random numbers than it would have had.
+    A continued request arrives at the greedy text of an undisturbed one if the engine is `deterministic`, and if there
+    is no presence or frequency penalty, which begin anew. A sampled one goes on with other random numbers than it would
+    have had.
 
     Args:
         config: Model and resources.
@@ -72,6 +73,10 @@ class OpenVINOEngine:
     async def generate(self, request: Request, emit: Emit) -> None:
         """Generate one request. See `engines.base.Engine.generate`."""
         await self._child.generate(request, emit)
+
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return the ids of the prompt's tokens. See `engines.base.Engine.tokenize`."""
+        return await self._child.tokenize(request)
 
     async def check_health(self) -> None:
         """Return when the child has answered a ping, which it does between two decode steps.

@@ -25,13 +25,17 @@ from raylm.engines.child import (
     Add,
     Cancel,
     Command,
+    Extra,
     Failure,
     Frames,
     Output,
     Ping,
     Pong,
     Ready,
+    Report,
     Step,
+    Tokenize,
+    Tokens,
     first_body,
     pack,
     start_child,
@@ -81,14 +85,22 @@ _decode_command: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Comm
 
 
 class _Running:
-    """One request inside the pipeline."""
+    """One request inside the pipeline.
 
-    __slots__ = ("handle", "logprobs", "prompt_tokens")
+    Attributes:
+        echo: The prompt's tokens, as long as they are still to be told.
+        echoed: Log-probabilities of the first of them, if asked for. They come piece by piece where the prompt is read
+            so.
+    """
 
-    def __init__(self, handle: Any, prompt_tokens: int, *, logprobs: bool) -> None:
+    __slots__ = ("echo", "echoed", "handle", "logprobs", "prompt_tokens")
+
+    def __init__(self, handle: Any, prompt_tokens: int, *, logprobs: bool, echo: tuple[int, ...]) -> None:
         self.handle = handle
         self.prompt_tokens = prompt_tokens
         self.logprobs = logprobs
+        self.echo = echo
+        self.echoed: list[float] = []
 
 
 class Worker:
@@ -97,14 +109,17 @@ class Worker:
     Args:
         pipeline: An `openvino_genai.ContinuousBatchingPipeline`.
         max_context: Prompt and generated tokens together, at most. The pipeline itself does not check it.
+        prefix_caching: Whether the pipeline keeps the KV cache of finished requests.
     """
 
-    def __init__(self, pipeline: Any, max_context: int) -> None:
+    def __init__(self, pipeline: Any, max_context: int, *, prefix_caching: bool) -> None:
         import openvino_genai as genai
 
         self._pipeline = pipeline
         self._tokenizer = pipeline.get_tokenizer()
         self._max_context = max_context
+        self._prefix_caching = prefix_caching
+        self._num_embeddings = max(self._tokenizer.get_vocab().values()) + 1
         self._running: dict[int, _Running] = {}
         self._cancelled: list[tuple[int, _Running]] = []
         self._outputs: list[Output] = []
@@ -147,7 +162,7 @@ class Worker:
                 f"OpenVINO cannot load {load.path}: {_reason(error)}. Give the path of a complete GGUF file, or of a "
                 "folder that optimum-cli exported"
             ) from error
-        return cls(pipeline, load.max_context)
+        return cls(pipeline, load.max_context, prefix_caching=load.prefix_caching)
 
     def tokens(self) -> dict[int, bytes]:
         """Return the tokens by id, without special tokens: those that decoding leaves out."""
@@ -189,26 +204,44 @@ class Worker:
                 "shorten the prompt"
             )
         config, generated, input_ids = request.config, request.generated, prompt_ids
+        echo = tuple(prompt_ids) if config.echo and generated is None else ()
         num_generated = 0
         if generated is not None:
             num_generated = generated.num_tokens
             input_ids = prompt_ids + (generated.token_ids or self._encode(generated.text, add_special_tokens=False))
         room = min(config.max_new_tokens - num_generated, self._max_context - len(input_ids))
-        if room < 1:
-            self._outputs.append(Output(key, len(prompt_ids), finish_reason="length"))
+        if room < 1 and not (echo and config.logprobs):
+            extra = Extra(prompt_token_ids=echo) if echo else None
+            self._outputs.append(Output(key, len(prompt_ids), finish_reason="length", extra=extra))
             return
         try:
             handle = self._pipeline.add_request(
-                key, ov.Tensor(np.array([input_ids], dtype=np.int64)), self._sampling(config, num_generated, room)
+                key,
+                ov.Tensor(np.array([input_ids], dtype=np.int64)),
+                self._sampling(config, num_generated, room, echo=bool(echo)),
             )
         except RuntimeError as error:
             raise InvalidRequestError(f"OpenVINO refuses the request: {_reason(error)}; change it") from error
-        self._running[key] = _Running(handle, len(prompt_ids), logprobs=config.logprobs)
+        self._running[key] = _Running(handle, len(prompt_ids), logprobs=config.logprobs, echo=echo)
+
+    def tokenize(self, key: int, request: Request) -> Tokens:
+        """Return the prompt's tokens."""
+        try:
+            return Tokens(key, tuple(self._prompt_ids(request)))
+        except RaylmError as error:
+            return Tokens(key, error=to_message(error))
 
     def _prompt_ids(self, request: Request) -> list[int]:
-        if request.messages is None:
+        if request.messages is not None:
+            return self._encode(self._apply_chat_template(request.messages), add_special_tokens=False)
+        if request.prompt_token_ids is None:
             return self._encode(request.prompt or "", add_special_tokens=True)
-        return self._encode(self._apply_chat_template(request.messages), add_special_tokens=False)
+        for token_id in request.prompt_token_ids:
+            if not 0 <= token_id < self._num_embeddings:
+                raise InvalidRequestError(
+                    f"prompt_token_ids: {token_id} is no token of this model, which has {self._num_embeddings}"
+                )
+        return list(request.prompt_token_ids)
 
     def _apply_chat_template(self, messages: tuple[Message, ...]) -> str:
         if not self._tokenizer.chat_template:
@@ -226,13 +259,27 @@ class Worker:
         input_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids
         return [int(token_id) for token_id in input_ids.data.flat]
 
-    def _sampling(self, config: GenerationConfig, num_generated: int, room: int) -> Any:
+    def _sampling(self, config: GenerationConfig, num_generated: int, room: int, *, echo: bool) -> Any:
         """Return OpenVINO's form of `config` for a request that may generate `room` more tokens."""
+        if config.top_logprobs:
+            raise InvalidRequestError("top_logprobs: OpenVINO tells none but that of the token itself; set it to 0")
+        if echo and config.logprobs and self._prefix_caching:
+            # It has none for what it finds in the cache, and gives what lies in memory.
+            raise InvalidRequestError(
+                "echo: with prefix_caching OpenVINO cannot tell the log-probabilities of the prompt; start it without, "
+                "or leave logprobs out"
+            )
+        if config.json_schema is not None:
+            # It compiles one in the middle of a step, and one that it cannot compile ends the pipeline for good.
+            raise InvalidRequestError("json_schema: raylm does not ask OpenVINO for it; leave it out")
         sampling = self._pipeline.get_config()  # a copy of the model's own, with its end-of-sequence ids
         sampling.max_new_tokens = room
         sampling.min_new_tokens = min(max(0, config.min_new_tokens - num_generated), room)
         sampling.repetition_penalty = config.repetition_penalty
+        sampling.presence_penalty = config.presence_penalty
+        sampling.frequency_penalty = config.frequency_penalty
         sampling.logprobs = int(config.logprobs)
+        sampling.echo = echo and config.logprobs
         sampling.do_sample = not config.greedy
         if config.ignore_eos:
             sampling.ignore_eos = True
@@ -264,6 +311,8 @@ class Worker:
         for key, running in self._running.items():
             if running.handle.can_read():
                 output = self._read(key, running)
+                if running.echo and output.error is None:
+                    continue  # the prompt is not read to its end
                 self._outputs.append(output)
                 if output.finish_reason is not None or output.error is not None:
                     finished.append(key)
@@ -278,11 +327,29 @@ class Worker:
                 output.error = to_message(self._given_up(running.handle.get_status()))
                 break
             (result,) = results.values()
-            output.token_ids += tuple(result.generated_ids)
-            if running.logprobs:
-                output.logprobs += tuple(result.generated_log_probs)
+            token_ids = tuple(result.generated_ids)
+            logprobs = tuple(result.generated_log_probs) if running.logprobs else ()
+            if running.echo:
+                token_ids, logprobs = self._take_echo(running, output, token_ids, logprobs)
+            output.token_ids += token_ids
+            output.logprobs += logprobs
             output.finish_reason = self._finish_reasons.get(result.finish_reason)
         return output
+
+    def _take_echo(
+        self, running: _Running, output: Output, token_ids: tuple[int, ...], logprobs: tuple[float, ...]
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Take the prompt off the tokens that came, and put it into `output` when it is whole. Return the rest."""
+        if running.logprobs:
+            start, end = len(running.echoed), len(running.echo)
+            running.echoed += logprobs[: end - start]
+            token_ids, logprobs = token_ids[end - start :], logprobs[end - start :]
+            if len(running.echoed) < end:
+                return (), ()
+        told = (0.0, *running.echoed[1:]) if running.logprobs else ()  # OpenVINO's word on the first is 1.0
+        output.extra = Extra(prompt_token_ids=running.echo, prompt_logprobs=told)
+        running.echo = ()
+        return token_ids, logprobs
 
     def _given_up(self, status: Any) -> EngineError:
         if status == self._ignored:
@@ -328,7 +395,7 @@ class _Commands:
 def _serve(descriptor: int, reports: BinaryIO) -> None:
     """Load the model and decode until the parent is gone."""
 
-    def send(report: Ready | Failure | Step | Pong) -> None:
+    def send(report: Report) -> None:
         reports.write(pack(report))
         reports.flush()
 
@@ -349,6 +416,8 @@ def _serve(descriptor: int, reports: BinaryIO) -> None:
                     worker.cancel(key)
                 case Ping(key):
                     send(Pong(key))
+                case Tokenize(key, request):
+                    send(worker.tokenize(key, request))
         if not worker.idle:
             worker.step()
         if outputs := worker.take_outputs():

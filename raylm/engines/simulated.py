@@ -17,7 +17,7 @@ from raylm.config import Fault, SimulatedConfig
 from raylm.engines.base import Emit
 from raylm.engines.text import StopWords
 from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
-from raylm.messages import Delta, EngineInfo, EngineStatistics, Request, Usage
+from raylm.messages import Candidates, Delta, Details, EngineInfo, EngineStatistics, GenerationConfig, Request, Usage
 
 _SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "wu", "za")
 _WORDS = tuple(f"{first}{second} " for first in _SYLLABLES for second in _SYLLABLES)
@@ -27,6 +27,8 @@ def prompt_text(request: Request) -> str:
     """Return the text that the simulated engine takes a request's prompt to be."""
     if request.prompt is not None:
         return request.prompt
+    if request.prompt_token_ids is not None:
+        return " ".join(map(str, request.prompt_token_ids))
     return "".join(f"{message.role}: {message.content}\n" for message in request.messages or ())
 
 
@@ -36,16 +38,50 @@ def greedy_text(prompt: str, num_tokens: int) -> str:
     return "".join(_word(seed, index) for index in range(num_tokens))
 
 
-def _word(seed: int, index: int) -> str:
+def prompt_tokens(request: Request) -> tuple[int, ...]:
+    """Return the token ids that the simulated engine takes a request's prompt to have: one for each of its words."""
+    if request.prompt_token_ids is not None:
+        return request.prompt_token_ids
+    return tuple(crc32(word.encode()) for word in prompt_text(request).split())
+
+
+def candidates(token_id: int, text: str, num: int) -> Candidates:
+    """Return the likeliest tokens where the simulated engine has a token.
+
+    The token's own log-probability is one of -1/8, -2/8, ... -2. One with an even id is the likeliest of all. One with
+    an odd id comes second, after the word "z".
+
+    Args:
+        token_id: The token that is there.
+        text: Its text.
+        num: How many.
+    """
+    logprob = _logprob(token_id)
+    ranked = [(text, logprob)] if token_id % 2 == 0 else [("z", logprob / 2), (text, logprob)]
+    ranked += [(f"z{rank}", logprob - rank / 8) for rank in range(1, num)]
+    return tuple(ranked[:num])
+
+
+def _logprob(token_id: int) -> float:
+    return -(token_id % 16 + 1) / 8
+
+
+def _word_id(seed: int, index: int) -> int:
     # Weyl sequence over the seed: cheap, and neighbouring indices differ.
-    return _WORDS[(seed + index * 0x9E3779B9 >> 8) & 255]
+    return (seed + index * 0x9E3779B9 >> 8) & 255
+
+
+def _word(seed: int, index: int) -> str:
+    return _WORDS[_word_id(seed, index)]
 
 
 class _Stream:
     """One running request."""
 
     __slots__ = (
+        "config",
         "done",
+        "echo",
         "emit",
         "fault",
         "limit",
@@ -57,12 +93,14 @@ class _Stream:
         "stop_words",
     )
 
-    def __init__(self, emit: Emit, done: asyncio.Future[None]) -> None:
+    def __init__(self, emit: Emit, done: asyncio.Future[None], config: GenerationConfig) -> None:
         self.emit = emit
         self.done = done
+        self.config = config
+        self.echo: Request | None = None  # its prompt is to be told
         self.num_tokens = 0
         self.limit = 0
-        self.plain = False  # it has begun, and has neither fault nor stop words
+        self.plain = False  # it has begun, and has no fault, no stop words and nothing to tell but text
         self.prompt_tokens = 0
         self.seed = 0
         self.starts_at = 0.0
@@ -79,6 +117,8 @@ class _Stream:
             text = "".join(_word(self.seed, index) for index in range(first, last))
         self.num_tokens = last
         delta = Delta(text, last)
+        if self.config.logprobs or self.echo is not None:
+            self._detail(delta, first)
         if self.stop_words is not None:
             delta.text, hit = self.stop_words.feed(text)
             if hit:
@@ -91,6 +131,28 @@ class _Stream:
             delta.usage = Usage(self.prompt_tokens, last)
             self.done.set_result(None)
         self.emit(delta)
+
+    def _detail(self, delta: Delta, first: int) -> None:
+        """Put into a delta what else is told of its tokens, of which `first` is the number of the first."""
+        config, details = self.config, Details()
+        if config.logprobs:
+            # A word has an even id, so that it is the likeliest where it was generated.
+            delta.token_ids = tuple(2 * _word_id(self.seed, index) for index in range(first, delta.num_tokens))
+            delta.logprobs = tuple(map(_logprob, delta.token_ids))
+            details.token_texts = tuple(_WORDS[token_id // 2] for token_id in delta.token_ids)
+            if config.top_logprobs:
+                told = zip(delta.token_ids, details.token_texts, strict=True)
+                details.top_logprobs = tuple(candidates(*token, config.top_logprobs) for token in told)
+        if self.echo is not None:
+            details.prompt_token_ids = prompt_tokens(self.echo)
+            details.prompt_token_texts = tuple(f"{word} " for word in prompt_text(self.echo).split())
+            if config.logprobs:
+                details.prompt_logprobs = (0.0, *map(_logprob, details.prompt_token_ids[1:]))
+            if config.top_logprobs:
+                told = zip(details.prompt_token_ids[1:], details.prompt_token_texts[1:], strict=True)
+                details.prompt_top_logprobs = ((), *(candidates(*token, config.top_logprobs) for token in told))
+            self.echo = None
+        delta.details = details
 
 
 class SimulatedEngine:
@@ -133,18 +195,18 @@ class SimulatedEngine:
 
     def _open(self, request: Request, emit: Emit) -> _Stream:
         config, prompt = request.config, prompt_text(request)
-        if not prompt.strip():
-            raise InvalidRequestError("the prompt is empty; send at least one word")
-        prompt_tokens = len(prompt.split())
-        room = self._config.max_context - prompt_tokens
+        _check(request, prompt)
+        num_prompt = len(prompt.split())
+        room = self._config.max_context - num_prompt
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and the context of {self._config.model_name} holds "
+                f"the prompt has {num_prompt} tokens and the context of {self._config.model_name} holds "
                 f"{self._config.max_context}, answer included; shorten the prompt"
             )
         loop = asyncio.get_running_loop()
-        stream = _Stream(emit, loop.create_future())
-        stream.prompt_tokens = prompt_tokens
+        stream = _Stream(emit, loop.create_future(), config)
+        stream.prompt_tokens = num_prompt
+        stream.echo = request if config.echo and request.generated is None else None
         stream.limit = min(config.max_new_tokens, room)
         stream.starts_at = loop.time() + self._config.first_token_s
         stream.seed = crc32(prompt.encode())
@@ -188,7 +250,12 @@ class SimulatedEngine:
                 continue
             if stream.starts_at > now or stream.done.done():
                 continue
-            stream.plain = stream.fault is None and stream.stop_words is None
+            stream.plain = (
+                stream.fault is None
+                and stream.stop_words is None
+                and not stream.config.logprobs
+                and stream.echo is None
+            )
             fault = stream.fault
             if fault is not None and before + count >= fault.at_token:
                 if fault.at_token - 1 > before:
@@ -208,6 +275,11 @@ class SimulatedEngine:
         else:
             stream.done.set_exception(EngineError(f"simulated failure at token {fault.at_token}"))
 
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Return one id for each word of the prompt. See `engines.base.Engine.tokenize`."""
+        _check(request, prompt_text(request))
+        return prompt_tokens(request)
+
     async def check_health(self) -> None:
         """Raise EngineError once a `hang` fault has struck."""
         if self._hung:
@@ -225,3 +297,12 @@ class SimulatedEngine:
         for stream in self._streams:
             if not stream.done.done():
                 stream.done.set_exception(EngineError("the engine was closed"))
+
+
+def _check(request: Request, prompt: str) -> None:
+    """Raise InvalidRequestError for what the simulated engine cannot honour."""
+    if not prompt.strip():
+        raise InvalidRequestError("the prompt is empty; send at least one word")
+    for name in ("presence_penalty", "frequency_penalty", "json_schema"):
+        if getattr(request.config, name):
+            raise InvalidRequestError(f"{name}: the simulated engine cannot honour it; leave it out")

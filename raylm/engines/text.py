@@ -41,6 +41,14 @@ class Vocabulary:
             else dict(tokens)
         )
 
+    def spell(self, token_id: int) -> str:
+        """Return the text of one token, as `messages.Details.token_texts` has it."""
+        token = self.token_bytes.get(token_id, b"")
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
 
 def _from_sentencepiece(token: bytes) -> bytes:
     if match := _BYTE_TOKEN.fullmatch(token):

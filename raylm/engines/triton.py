@@ -256,6 +256,11 @@ class TritonEngine:
             if not self._num_running:
                 self._idle.set()
 
+    async def tokenize(self, request: Request) -> tuple[int, ...]:
+        """Raise InvalidRequestError."""
+        _check(request)
+        raise InvalidRequestError("a Triton server cannot count tokens; ask another engine")
+
     async def check_health(self) -> None:
         """Return when the server is live and the model ready.
 
@@ -605,7 +610,12 @@ def _state(entry: Any) -> str:
 
 
 def _check(request: Request) -> None:
-    """Raise InvalidRequestError for what no model on a Triton server takes."""
+    """Raise InvalidRequestError for what no model on a Triton server takes, or not in the same way as the others."""
+    if request.prompt_token_ids is not None:
+        raise InvalidRequestError("prompt_token_ids: raylm sends text to a Triton server; send a prompt")
+    for parameter in ("echo", "json_schema"):
+        if getattr(request.config, parameter):
+            raise InvalidRequestError(f"{parameter}: models on a Triton server cannot do that; leave it out")
     if request.messages is not None:
         raise InvalidRequestError(
             "messages: a Triton server applies no chat template; give a meta_template, which turns them into a prompt"

@@ -181,6 +181,10 @@ def vllm_parameters(config: GenerationConfig, max_new_tokens: int) -> dict[str, 
             parameters["seed"] = config.seed
     if config.repetition_penalty != 1:
         parameters["repetition_penalty"] = config.repetition_penalty
+    if config.presence_penalty:
+        parameters["presence_penalty"] = config.presence_penalty
+    if config.frequency_penalty:
+        parameters["frequency_penalty"] = config.frequency_penalty
     if config.min_new_tokens:
         parameters["min_tokens"] = config.min_new_tokens
     if config.stop_words:
@@ -206,6 +210,10 @@ def _settings(config: GenerationConfig, max_new_tokens: int) -> dict[str, tuple[
             settings["seed"] = [config.seed], False
     if config.repetition_penalty != 1:
         settings["repetition_penalty"] = [config.repetition_penalty], False
+    if config.presence_penalty:
+        settings["presence_penalty"] = [config.presence_penalty], False
+    if config.frequency_penalty:
+        settings["frequency_penalty"] = [config.frequency_penalty], False
     if config.min_new_tokens:
         settings["min_new_tokens"] = [config.min_new_tokens], False
     if config.stop_words:
@@ -236,6 +244,8 @@ DIALECTS = (
             "top_k": ["top_k"],
             "seed": ["seed", "random_seed"],
             "repetition_penalty": ["repetition_penalty"],
+            "presence_penalty": ["presence_penalty"],
+            "frequency_penalty": ["frequency_penalty"],
             "min_new_tokens": ["min_tokens", "min_length"],
             "stop_words": ["stop_words"],
             "ignore_eos": ["end_id"],
@@ -252,6 +262,8 @@ DIALECTS = (
             "top_p": ["sampling_param_top_p"],
             "top_k": ["sampling_param_top_k"],
             "seed": ["sampling_param_seed"],
+            "presence_penalty": ["sampling_param_presence_penalty"],
+            "frequency_penalty": ["sampling_param_frequency_penalty"],
             "stop_words": ["sampling_param_stop"],
         },
         cumulative=True,

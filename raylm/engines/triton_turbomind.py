@@ -409,8 +409,9 @@ class TurboMind:
         wanted: list[tuple[str, str, list[Any]]] = []
         if config.logprobs:
             raise refuse("logprobs", self._turbomind)
-        if config.min_new_tokens:
-            raise refuse("min_new_tokens", self._turbomind)
+        for parameter in ("min_new_tokens", "presence_penalty", "frequency_penalty"):
+            if getattr(config, parameter):
+                raise refuse(parameter, self._turbomind)
         if config.greedy:
             wanted.append(("top_k", "runtime_top_k", [1]))
         else:
