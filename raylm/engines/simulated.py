@@ -1,7 +1,8 @@
 """SimulatedEngine: a clock, not a model. For benchmarks and fault tests; it calls itself `simulated` wherever it shows.
 
 Every running stream gets one token per tick of the clock. A token is a word and a space. Greedy text is a function of
-the prompt alone, so a test knows the answer without asking, and a continued request must arrive at the same text.
+the prompt's tokens alone, so a test knows the answer without asking, and a continued request must arrive at the same
+text.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def prompt_text(request: Request) -> str:
 
 def greedy_text(prompt: str, num_tokens: int) -> str:
     """Return what the simulated engine answers to `prompt` when it decodes greedily, without stop words."""
-    seed = crc32(prompt.encode())
+    seed = _seed(_token_ids(prompt))
     return "".join(_word(seed, index) for index in range(num_tokens))
 
 
@@ -42,7 +43,15 @@ def prompt_tokens(request: Request) -> tuple[int, ...]:
     """Return the token ids that the simulated engine takes a request's prompt to have: one for each of its words."""
     if request.prompt_token_ids is not None:
         return request.prompt_token_ids
-    return tuple(crc32(word.encode()) for word in prompt_text(request).split())
+    return _token_ids(prompt_text(request))
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    return tuple(crc32(word.encode()) for word in text.split())
+
+
+def _seed(token_ids: tuple[int, ...]) -> int:
+    return crc32(repr(token_ids).encode())
 
 
 def candidates(token_id: int, text: str, num: int) -> Candidates:
@@ -196,7 +205,8 @@ class SimulatedEngine:
     def _open(self, request: Request, emit: Emit) -> _Stream:
         config, prompt = request.config, prompt_text(request)
         _check(request, prompt)
-        num_prompt = len(prompt.split())
+        token_ids = prompt_tokens(request)
+        num_prompt = len(token_ids)
         room = self._config.max_context - num_prompt
         if room < 1:
             raise ContextLengthError(
@@ -209,7 +219,7 @@ class SimulatedEngine:
         stream.echo = request if config.echo and request.generated is None else None
         stream.limit = min(config.max_new_tokens, room)
         stream.starts_at = loop.time() + self._config.first_token_s
-        stream.seed = crc32(prompt.encode())
+        stream.seed = _seed(token_ids)
         if not config.greedy:
             stream.seed ^= crc32(str(random.random() if config.seed is None else config.seed).encode())  # noqa: S311
         stream.fault = next((fault for fault in self._config.faults if fault.match in prompt), None)

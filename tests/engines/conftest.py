@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from raylm.config import EngineConfig, HTTPConfig, OpenVINOConfig, SimulatedConfig, TritonConfig
 from raylm.engines.base import Engine
-from raylm.messages import Delta, FinishReason, Generated, GenerationConfig, Message, Request, Usage
+from raylm.messages import Delta, Details, FinishReason, Generated, GenerationConfig, Message, Request, Usage
 
 from .http_server import Toy
 from .triton_server import TritonServer
@@ -42,8 +42,26 @@ CONFIGS: dict[str, Callable[[], AbstractContextManager[EngineConfig]]] = {
 Greedy text must not depend on what else the engine works on."""
 
 
-Prompt = str | tuple[Message, ...]
-"""A raw prompt or a conversation."""
+_TRITON = {"prompt_token_ids", "echo", "top_logprobs", "json_schema", "tokenize", "tokenize messages"}
+_REFUSED: dict[str, set[str]] = {
+    "simulated": {"presence_penalty", "frequency_penalty", "json_schema"},
+    "openvino": {"top_logprobs", "json_schema"},
+    "lmdeploy": set(),
+    "http": {"echo", "top_logprobs", "presence_penalty", "frequency_penalty", "json_schema", "tokenize messages"},
+    "vllm": _TRITON,
+    "ensemble": _TRITON | {"presence_penalty", "frequency_penalty"},
+    "tensorrt_llm": _TRITON,
+    "turbomind": _TRITON | {"presence_penalty", "frequency_penalty"},
+}
+
+
+def refused_by(config: EngineConfig) -> set[str]:
+    """Return what an engine of the conformance suite cannot honour, and has to refuse by name."""
+    return _REFUSED[config.model_name if isinstance(config, TritonConfig) else config.kind]
+
+
+Prompt = str | tuple[Message, ...] | tuple[int, ...]
+"""A raw prompt, a conversation, or token ids."""
 
 
 def make_request(prompt: Prompt, generated: Generated | None = None, **parameters: object) -> Request:
@@ -51,7 +69,8 @@ def make_request(prompt: Prompt, generated: Generated | None = None, **parameter
     return Request(
         request_id="test",
         prompt=prompt if isinstance(prompt, str) else None,
-        messages=None if isinstance(prompt, str) else prompt,
+        prompt_token_ids=prompt if prompt and isinstance(prompt[0], int) else None,
+        messages=None if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt,
         generated=generated,
         config=GenerationConfig(temperature=0).updated(parameters),
     )
@@ -89,6 +108,16 @@ class Record:
     def token_ids(self) -> list[int]:
         """All of the token ids."""
         return [token_id for delta in self.deltas for token_id in delta.token_ids]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """All of the log-probabilities."""
+        return [logprob for delta in self.deltas for logprob in delta.logprobs]
+
+    @property
+    def details(self) -> Details:
+        """All that is told beyond the text."""
+        return sum([delta.details for delta in self.deltas if delta.details is not None], Details())
 
     @property
     def finish_reason(self) -> FinishReason:

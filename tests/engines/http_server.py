@@ -39,7 +39,7 @@ _FIELDS: dict[Dialect, dict[str, set[str]]] = {
         | {"messages", "input_ids", "top_k", "repetition_penalty", "ignore_eos", "min_new_tokens"}
         | {"return_token_ids", "logprobs", "return_logprob"},
         "/v1/completions": _COMMON | {"prompt", "top_k", "repetition_penalty", "ignore_eos", "logprobs"},
-        "/generate": {"prompt", "max_tokens", "temperature", "top_p", "top_k", "stop", "stream"}
+        "/generate": {"prompt", "input_ids", "max_tokens", "temperature", "top_p", "top_k", "stop", "stream"}
         | {"repetition_penalty", "ignore_eos", "return_logprob"},
         "/v1/encode": {"input", "add_bos"},
     },
@@ -54,9 +54,12 @@ _FIELDS: dict[Dialect, dict[str, set[str]]] = {
     "vllm": {
         "/v1/chat/completions": _COMMON
         | {"messages", "top_k", "repetition_penalty", "ignore_eos", "min_tokens", "return_token_ids", "logprobs"}
-        | {"continue_final_message", "add_generation_prompt"},
+        | {"continue_final_message", "add_generation_prompt", "presence_penalty", "frequency_penalty"}
+        | {"response_format", "top_logprobs"},
         "/v1/completions": _COMMON
-        | {"prompt", "top_k", "repetition_penalty", "ignore_eos", "min_tokens", "return_token_ids", "logprobs"},
+        | {"prompt", "top_k", "repetition_penalty", "ignore_eos", "min_tokens", "return_token_ids", "logprobs"}
+        | {"presence_penalty", "frequency_penalty", "response_format"},
+        "/tokenize": set(),
     },
     "openai": {},
 }
@@ -198,6 +201,7 @@ class Toy:
         if self.dialect != "openai":
             application.router.add_get("/openapi.json", self._openapi)
             application.router.add_post("/v1/encode", self._encode)
+            application.router.add_post("/tokenize", self._tokenize)
             application.router.add_get("/version", self._version)
         runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0)
         await runner.setup()
@@ -266,6 +270,12 @@ class Toy:
         self._vocabulary |= {token_id(token): token for token in tokens}
         return web.json_response({"input_ids": [token_id(token) for token in tokens], "length": len(tokens)})
 
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        tokens = tokenize(body["prompt"] if "prompt" in body else render(body["messages"], open_end=False))
+        self._vocabulary |= {token_id(token): token for token in tokens}
+        return web.json_response({"tokens": [token_id(token) for token in tokens], "count": len(tokens)})
+
     _vocabulary: dict[int, bytes] = field(default_factory=dict)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -284,10 +294,11 @@ class Toy:
         return await self._answer(request, await request.json())
 
     def _prompt(self, path: str, body: dict[str, Any]) -> str:
-        if path in ("/v1/completions", "/generate"):
-            return str(body["prompt"])
-        if ids := body.get("input_ids"):
+        prompt = body.get("prompt")
+        if ids := prompt if isinstance(prompt, list) and path == "/v1/completions" else body.get("input_ids"):
             return b"".join(self._vocabulary[number] for number in ids).decode()
+        if path in ("/v1/completions", "/generate"):
+            return str(prompt)
         if path == "/v1/chat/interactive":
             return render(body["prompt"], open_end=False)
         open_end = self.dialect == "lmdeploy" or body.get("continue_final_message", False)
@@ -335,6 +346,7 @@ class Toy:
                 break
             await asyncio.sleep(1 / self.tokens_per_s)
             num_tokens += 1
+            self._vocabulary[token_id(token)] = token
             new = decode(token)
             if hit := next((word for word in stop_words if word in text + new), None):
                 new = (text + new)[len(text) : (text + new).index(hit)]
@@ -398,7 +410,26 @@ class Toy:
         if body.get("return_logprob"):
             choice["output_token_logprobs"] = list(zip(logprobs, ids, strict=True))
         elif body.get("logprobs") and path == "/v1/completions":
-            choice["logprobs"] = {"token_logprobs": logprobs, "tokens": [str(token) for token in tokens]}
+            told = list(zip(map(repr, tokens), logprobs, strict=True))
+            others = {f"other {n}": -3.0 - n for n in range(body["logprobs"])}
+            choice["logprobs"] = {
+                "token_logprobs": logprobs,
+                "tokens": [token for token, _ in told],
+                "top_logprobs": [{**others, token: logprob} for token, logprob in told],
+            }
         elif body.get("logprobs"):
-            choice["logprobs"] = {"content": [{"token": "", "logprob": logprob} for logprob in logprobs]}
+            others = {f"other {n}": -3.0 - n for n in range(body.get("top_logprobs") or 0)}
+            choice["logprobs"] = {
+                "content": [
+                    {
+                        "token": repr(token),
+                        "logprob": logprob,
+                        "top_logprobs": [
+                            {"token": name, "logprob": value}
+                            for name, value in {**others, repr(token): logprob}.items()
+                        ],
+                    }
+                    for token, logprob in zip(tokens, logprobs, strict=True)
+                ]
+            }
         return {"id": "1", "object": "chunk", "choices": [choice]}

@@ -1,9 +1,10 @@
 """The public conformance suite: what every engine must do, by the rules in `raylm/engines/base.py`.
 
-To run it on a new engine, add its settings to `CONFIGS` in `conftest.py`.
+To run it on a new engine, add its settings to `CONFIGS` in `conftest.py`, and what it refuses to `_REFUSED`.
 """
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from raylm.engines.base import Emit, Engine
 from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
 from raylm.messages import Delta, EngineInfo, GenerationConfig, Request
 
-from .conftest import CONFIGS, Prompt, Record, ask, make_request, run, run_all, until
+from .conftest import CONFIGS, Prompt, Record, ask, make_request, refused_by, run, run_all, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
@@ -159,6 +160,148 @@ async def test_logprobs(engine: Engine) -> None:
         assert all(logprob <= 0 for logprob in delta.logprobs)
     without = await run(engine, make_request(STORY, max_new_tokens=8))
     assert not any(delta.logprobs for delta in without.deltas)
+
+
+SCHEMA = """
+{"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"], "additionalProperties": false}
+"""
+EXTRAS: list[tuple[str, dict[str, Any]]] = [
+    ("echo", {"echo": True}),
+    ("top_logprobs", {"logprobs": True, "top_logprobs": 3}),
+    ("presence_penalty", {"presence_penalty": 1.5}),
+    ("frequency_penalty", {"frequency_penalty": 1.5}),
+    ("json_schema", {"json_schema": SCHEMA}),
+]
+
+
+@pytest.fixture
+def refused(config: EngineConfig) -> set[str]:
+    """What the engine refuses by name."""
+    return refused_by(config)
+
+
+@pytest.mark.parametrize(("name", "parameters"), EXTRAS, ids=[name for name, _ in EXTRAS])
+async def test_refusals(
+    started: tuple[Engine, EngineInfo], refused: set[str], name: str, parameters: dict[str, Any]
+) -> None:
+    """What an engine cannot honour is an error that names it; what it can is answered."""
+    engine, _ = started
+    record = Record()
+    request = make_request(STORY, max_new_tokens=4, **parameters)
+    if name in refused:
+        named = "(top_)?logprobs" if name == "top_logprobs" else name
+        with pytest.raises(InvalidRequestError, match=f"^{named}: "):
+            await engine.generate(request, record.emit)
+        assert record.deltas == []
+    else:
+        await engine.generate(request, record.emit)
+        assert record.text
+
+
+async def test_tokenize(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+    """The tokens of a prompt are as many as a generation counts, those of the chat template included."""
+    engine, _ = started
+    prompts: dict[str, Prompt] = {"tokenize": STORY, "tokenize messages": ask("What is the capital of France?")}
+    for name, prompt in prompts.items():
+        request = make_request(prompt, max_new_tokens=1)
+        if name in refused:
+            with pytest.raises(InvalidRequestError, match=r"cannot count tokens|^messages: "):
+                await engine.tokenize(request)
+        else:
+            token_ids = await engine.tokenize(request)
+            assert len(token_ids) == (await run(engine, request)).usage.prompt_tokens
+            assert await engine.tokenize(make_request(token_ids)) == token_ids
+    with pytest.raises(InvalidRequestError):
+        await engine.tokenize(make_request(""))
+
+
+async def test_prompt_token_ids(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+    """A prompt of token ids is answered as the text is that they came from, and continued like it."""
+    engine, _ = started
+    if "prompt_token_ids" in refused:
+        with pytest.raises(InvalidRequestError, match=r"^prompt_token_ids: "):
+            await run(engine, make_request((1, 2)))
+        return
+    token_ids = await engine.tokenize(make_request(STORY))
+    parameters = {"max_new_tokens": 12, "ignore_eos": True}
+    expected = await run(engine, make_request(STORY, **parameters))
+    record = await run(engine, make_request(token_ids, **parameters))
+    assert (record.text, record.usage) == (expected.text, expected.usage)
+    generated = record.generated(len(record.deltas) // 2)
+    rest = await run(engine, make_request(token_ids, generated, **parameters))
+    assert generated.text + rest.text == record.text
+    assert rest.usage == record.usage
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_echo(engine: Engine, logprobs: bool) -> None:
+    """The first delta has the prompt's tokens, alone where nothing is to be generated; what follows is as without."""
+    parameters = {"ignore_eos": True, "logprobs": logprobs}
+    alone = await run(engine, make_request(STORY, max_new_tokens=0, echo=True, **parameters))
+    assert (alone.text, alone.finish_reason, alone.usage.completion_tokens) == ("", "length", 0)
+    told = alone.details
+    assert told.prompt_token_ids == await engine.tokenize(make_request(STORY))
+    assert len(told.prompt_token_ids) == alone.usage.prompt_tokens
+    assert "".join(told.prompt_token_texts).strip() == STORY
+    record = await run(engine, make_request(STORY, max_new_tokens=12, echo=True, **parameters))
+    first = record.deltas[0].details
+    assert first is not None
+    assert first.prompt_token_ids == record.details.prompt_token_ids == told.prompt_token_ids
+    assert record.details.prompt_logprobs == pytest.approx(told.prompt_logprobs, abs=1e-3)
+    assert len(told.prompt_logprobs) == logprobs * len(told.prompt_token_ids)
+    assert record.text == (await run(engine, make_request(STORY, max_new_tokens=12, **parameters))).text
+    rest = await run(engine, make_request(STORY, record.generated(6), max_new_tokens=12, echo=True, **parameters))
+    assert rest.details.prompt_token_ids == ()
+    assert record.generated(6).text + rest.text == record.text
+
+
+async def test_log_likelihood(engine: Engine) -> None:
+    """The log-probabilities of a prompt are those that its tokens have when they are generated."""
+    record = await run(engine, make_request(STORY, max_new_tokens=300, ignore_eos=True, logprobs=True, echo=True))
+    details = record.details
+    assert "".join(details.token_texts) == record.text
+    assert len(details.prompt_logprobs) == len(details.prompt_token_ids)
+    assert details.prompt_logprobs[0] == 0.0
+    assert all(logprob < 0 for logprob in details.prompt_logprobs[1:])
+    whole = (*details.prompt_token_ids, *record.token_ids)
+    requests = [make_request(whole[:end], max_new_tokens=0, logprobs=True, echo=True) for end in (2, 20, 150, 304)]
+    for again in await run_all(engine, requests):
+        known = [*details.prompt_logprobs, *record.logprobs]
+        found = again.details.prompt_logprobs
+        assert found == pytest.approx(known[: len(found)], abs=2e-3)
+
+
+async def test_top_logprobs(engine: Engine) -> None:
+    """As many candidates as were asked for, the likeliest first; a greedy token is the first of them."""
+    request = make_request(STORY, max_new_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=3)
+    record = await run(engine, request)
+    details = record.details
+    assert len(details.token_texts) == len(details.top_logprobs) == 8
+    for text, logprob, ranked in zip(details.token_texts, record.logprobs, details.top_logprobs, strict=True):
+        assert len(ranked) == 3
+        assert ranked[0] == (text, pytest.approx(logprob))
+        assert sorted(ranked, key=lambda candidate: -candidate[1]) == list(ranked)
+    echo = await run(engine, make_request(STORY, max_new_tokens=0, logprobs=True, top_logprobs=3, echo=True))
+    told = echo.details
+    assert told.prompt_top_logprobs[0] == ()
+    places = zip(told.prompt_token_texts, told.prompt_logprobs, told.prompt_top_logprobs, strict=True)
+    for text, logprob, ranked in list(places)[1:]:
+        assert len(ranked) == 3
+        assert dict(ranked).get(text, logprob) == pytest.approx(logprob)
+        assert ranked[0][1] >= logprob - 1e-6
+
+
+async def test_json_schema(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+    """The answer matches a JSON schema. One that is none is an error, and the engine goes on."""
+    engine, _ = started
+    if "json_schema" in refused:
+        return  # as `test_refusals` tells
+    record = await run(engine, make_request(STORY, max_new_tokens=64, json_schema=SCHEMA))
+    assert json.loads(record.text) in ({"yes": True}, {"yes": False})
+    for wrong in ("{", '{"type": "nonsense"}'):
+        with pytest.raises(InvalidRequestError):
+            await run(engine, make_request(STORY, json_schema=wrong))
+    assert (await run(engine, make_request(STORY, max_new_tokens=2))).text
 
 
 async def test_stop_word_never_shows(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import ipaddress
+import itertools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,8 +35,8 @@ from raylm.errors import (
 )
 from raylm.messages import Generated, Message
 
-from .conftest import Record, ask, make_request, run, until
-from .http_server import MODEL, Dialect, Handler, Toy, answer, chunk, sse, stream, tokenize, usage
+from .conftest import Prompt, Record, ask, make_request, run, until
+from .http_server import MODEL, Dialect, Handler, Toy, answer, chunk, render, sse, stream, tokenize, usage
 
 STORY = "Once upon a time"
 QUESTION = ask("What is the capital of France?")
@@ -408,6 +409,8 @@ async def test_no_top_k(start: Start, dialect: Dialect, unlimited: int) -> None:
         {"repetition_penalty": 1.1},
         {"min_new_tokens": 2},
         {"logprobs": True},
+        {"echo": True},
+        {"json_schema": "{}"},
     ],
     ids=str,
 )
@@ -417,6 +420,88 @@ async def test_parameter_that_a_server_lacks(start: Start, parameters: dict[str,
     with pytest.raises(InvalidRequestError, match=list(parameters)[-1]):
         await run(engine, make_request(STORY, **parameters))
     assert toy.calls == []
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+async def test_penalties(start: Start, name: str) -> None:
+    """OpenAI's penalties go to OpenAI's servers. One that takes them and does nothing does not get them."""
+    for dialect in ("vllm", "openai"):
+        toy, engine = await start(Toy(dialect))
+        await run(engine, make_request(STORY, max_new_tokens=2, **{name: 0.5}))
+        assert toy.calls[0][1][name] == 0.5
+    for dialect, prompt in itertools.product(("lmdeploy", "old-lmdeploy"), (STORY, ask("Who?"))):
+        toy, engine = await start(Toy(dialect))
+        with pytest.raises(InvalidRequestError, match=f"^{name}: "):
+            await run(engine, make_request(prompt, max_new_tokens=2, **{name: 0.5}))
+        assert toy.calls == []
+
+
+@pytest.mark.parametrize("prompt", [STORY, ask("Who?")], ids=["prompt", "messages"])
+async def test_json_schema(start: Start, prompt: Prompt) -> None:
+    """A JSON schema goes to the server, which begins an answer anew rather than continue in the middle of a value."""
+    toy, engine = await start(Toy("vllm"))
+    parameters = {"max_new_tokens": 12, "json_schema": '{"type": "object"}'}
+    whole = await run(engine, make_request(prompt, **parameters))
+    said = toy.calls[0][1]["response_format"]
+    assert (said["type"], said["json_schema"]["schema"]) == ("json_schema", {"type": "object"})
+    generated = whole.generated(5)
+    rest = await run(engine, make_request(prompt, generated, **parameters))
+    assert generated.text + rest.text == whole.text
+    assert toy.calls[1][1] == toy.calls[0][1]
+    with pytest.raises(UpstreamError, match="continued exactly"):
+        await run(engine, make_request(prompt, generated, temperature=1.0, **parameters))
+
+
+@pytest.mark.parametrize("prompt", [STORY, ask("Who?")], ids=["prompt", "messages"])
+async def test_top_logprobs(start: Start, prompt: Prompt) -> None:
+    """Each token has its text, and as many candidates as were asked for, the likeliest first."""
+    _, engine = await start(Toy("vllm"))
+    record = await run(engine, make_request(prompt, max_new_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=2))
+    details = record.details
+    assert len(details.token_texts) == len(details.top_logprobs) == len(record.logprobs) == 8
+    for text, logprob, ranked in zip(details.token_texts, record.logprobs, details.top_logprobs, strict=True):
+        assert ranked == ((text, logprob), ("other 0", -3.0))
+    without = await run(engine, make_request(prompt, max_new_tokens=8, ignore_eos=True, logprobs=True))
+    assert (without.details.token_texts, without.details.top_logprobs) == (details.token_texts, ())
+
+
+@pytest.mark.parametrize("dialect", ["lmdeploy", "vllm"])
+async def test_prompt_token_ids(start: Start, dialect: Dialect) -> None:
+    """Token ids are a prompt; what was generated is continued by its ids, or else from the start."""
+    toy, engine = await start(Toy(dialect))
+    token_ids = await engine.tokenize(make_request(STORY))
+    assert len(token_ids) == len(tokenize(STORY))
+    expected = await run(engine, make_request(STORY, max_new_tokens=12))
+    for parameters in ({}, {"min_new_tokens": 2}):
+        whole = await run(engine, make_request(token_ids, max_new_tokens=12, **parameters))
+        assert whole.text == expected.text
+        part = whole.generated(4)
+        for ids in (part.token_ids, []):
+            generated = Generated(part.text, ids, part.num_tokens)
+            rest = await run(engine, make_request(token_ids, generated, max_new_tokens=12, **parameters))
+            assert part.text + rest.text == whole.text
+            body = toy.calls[-1][1]
+            assert (body.get("input_ids") or body["prompt"]) == [*token_ids, *ids]
+
+
+async def test_prompt_token_ids_that_no_route_takes(start: Start) -> None:
+    """Where token ids would be taken for something else they are refused, and nothing is sent."""
+    toy, engine = await start(Toy("old-lmdeploy"))
+    with pytest.raises(InvalidRequestError, match=r"^prompt_token_ids: "):
+        await run(engine, make_request((1, 2)))
+    assert toy.calls == []
+
+
+async def test_tokenize(start: Start) -> None:
+    """The tokens of a prompt, and of messages where the server tells those."""
+    _, vllm = await start(Toy("vllm"))
+    _, openai = await start(Toy("openai"))
+    messages = ask("Who?")
+    rendered = render([{"role": "user", "content": "Who?"}], open_end=False)
+    assert len(await vllm.tokenize(make_request(messages))) == len(tokenize(rendered))
+    for prompt in (STORY, messages):
+        with pytest.raises(InvalidRequestError, match="cannot count tokens"):
+            await openai.tokenize(make_request(prompt))
 
 
 async def test_neutral_parameters_are_no_matter(start: Start) -> None:
