@@ -10,12 +10,12 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
 from raylm.actors.sessions import SessionState, SessionStore
-from raylm.errors import SessionNotFoundError, SessionStoreError
+from raylm.errors import SessionError, SessionNotFoundError, SessionStoreError
 from raylm.messages import Lane, Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
@@ -70,13 +70,16 @@ class Conversations:
         if candidate is None:
             candidate = router.candidate()
             router.pin(session_id, candidate)  # now, so that the next new session has another candidate
+        claiming = asyncio.create_task(self._store.claim(session_id, candidate, turn_id, start=start))
         try:
-            state = await self._store.claim(session_id, candidate, turn_id, start=start)
+            state = await asyncio.shield(claiming)
         except SessionNotFoundError:
             router.unpin(session_id)
             raise
         except asyncio.CancelledError:
-            await self._give_back(session_id, turn_id)  # nobody waits for the claim, but it may have been made
+            with suppress(SessionError):
+                await claiming  # to its end, because a claim that overtakes its own release would stay
+                await self._give_back(session_id, turn_id)
             raise
         appended = False
         try:

@@ -57,7 +57,7 @@ def test_imports_go_one_way(module: str) -> None:
     assert [name for name in mine if layer_of(name) > layer_of(module)] == []
 
 
-@pytest.mark.parametrize("library", ["openvino_genai", "lmdeploy", "tritonclient"])
+@pytest.mark.parametrize("library", ["openvino_genai", "lmdeploy", "tritonclient", "redis"])
 def test_one_importer_for_each_engine_library(library: str) -> None:
     """Each engine's library is imported in one file at most; what makes lmdeploy run on CPU is a file of its own."""
     importers = {file.name for file in PACKAGE.rglob("*.py") if any(n.startswith(library) for n in imports_of(file))}

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raylm.actors.cluster import nodes
 from raylm.actors.engine_actor import EngineActor
 from raylm.actors.placement import Shape, plan
-from raylm.actors.sessions import MemorySessionStore
+from raylm.actors.sessions import start_store
 from raylm.config import (
     APIServerConfig,
     EngineConfig,
@@ -57,7 +57,7 @@ class PoolManager:
 
     Attributes:
         actors: The engine actors' handles, by slot.
-        sessions: The session store's handle.
+        sessions: The session store's handle; None where a database keeps them.
     """
 
     def __init__(self, actors: list[Any], sessions: Any, groups: list[Any]) -> None:
@@ -92,12 +92,11 @@ class PoolManager:
                     groups[-1], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
                 )
             actors.append(create.options(**options).remote(config.model_dump_json()))
-        options = {"num_cpus": 0, "max_restarts": -1} | _named(name, "sessions")
-        store = ray.remote(MemorySessionStore).options(**options).remote(sessions)
+        store = start_store(sessions, _named(name, "sessions"))
         manager = cls(actors, store, groups)
         try:
             async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
-                await asyncio.gather(*(actor.__ray_ready__.remote() for actor in [*actors, store]))
+                await asyncio.gather(*(actor.__ray_ready__.remote() for actor in manager._all()))
         except TimeoutError:
             await manager.aclose()
             raise PlacementError(
@@ -129,12 +128,15 @@ class PoolManager:
     async def aclose(self) -> None:
         """End all actors. Engines that do not close in time are killed."""
         await asyncio.gather(*(self._close(actor) for actor in self.actors))
-        for actor in [*self.actors, self.sessions]:
+        for actor in self._all():
             ray.kill(actor, no_restart=True)
         for group in self._groups:
             remove_placement_group(group)
         self.actors = []
         self._groups = []
+
+    def _all(self) -> list[Any]:
+        return self.actors if self.sessions is None else [*self.actors, self.sessions]
 
     async def _close(self, actor: Any) -> None:
         try:

@@ -1,129 +1,521 @@
-"""The session store: claims, transcripts and limits."""
+"""The session store: one suite for all of them, and the limits of the one in memory."""
+
+import asyncio
+import random
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import ray
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from raylm.actors.sessions import MemorySessionStore, SessionState
+from raylm.actors.sessions import (
+    MemorySessionStore,
+    SessionRecord,
+    SessionState,
+    SessionStore,
+    connect_store,
+    start_store,
+)
 from raylm.config import SessionConfig
-from raylm.errors import SessionBusyError, SessionNotFoundError
+from raylm.errors import SessionBusyError, SessionError, SessionNotFoundError
 from raylm.messages import Message
+from tests.actors.redis_server import RedisServer
+from tests.actors.session_stores import (
+    ActorSessions,
+    Clock,
+    ClockedSessionActor,
+    PlainSessions,
+    PlainSessionStore,
+    RedisSessions,
+    Sessions,
+)
+
+HI = (Message("user", "hi"),)
+
+MakeSessions = Callable[..., Awaitable[tuple[SessionStore, Sessions]]]
 
 
-class Clock:
-    """A clock that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def talk(store: MemorySessionStore, session_id: str, text: str, *, start: bool = False) -> tuple[Message, ...]:
-    """Run one turn and return the transcript that it found."""
-    claim = store.claim(session_id, 0, "turn", start=start)
-    store.append(session_id, "turn", [Message("user", text)], claim.slot)
-    return claim.messages
+@pytest.fixture(scope="module")
+def clocked_actor(cluster: str) -> Iterator[Any]:
+    """The actor of all tests of this file."""
+    actor = ray.remote(ClockedSessionActor).options(num_cpus=0).remote(SessionConfig())
+    yield actor
+    ray.kill(actor)
 
 
-def test_a_turn_finds_all_earlier_turns() -> None:
-    """Each claim returns the messages of every turn before it."""
-    store = MemorySessionStore(SessionConfig())
-    talk(store, "s", "one", start=True)
-    talk(store, "s", "two")
-    assert [message.content for message in talk(store, "s", "three")] == ["one", "two"]
+@pytest.fixture(params=["memory", "actor", "redis"])
+async def make_sessions(request: pytest.FixtureRequest) -> AsyncIterator[MakeSessions]:
+    """Makes an empty store of each kind."""
+    async with AsyncExitStack() as stack:
+
+        async def make(config: SessionConfig | None = None) -> tuple[SessionStore, Sessions]:
+            config = config or SessionConfig()
+            sessions: Sessions
+            if request.param == "memory":
+                sessions = PlainSessions(config)
+            elif request.param == "actor":
+                sessions = ActorSessions(config, request.getfixturevalue("clocked_actor"))
+            else:
+                sessions = RedisSessions(config, request.getfixturevalue("redis_server").url)
+                await sessions.clear()
+            connect = sessions.connect
+
+            def connect_and_close() -> SessionStore:
+                store = connect()
+                stack.push_async_callback(store.aclose)
+                return store
+
+            sessions.connect = connect_and_close  # type: ignore[method-assign]
+            return sessions.connect(), sessions
+
+        yield make
 
 
-def test_the_first_claim_decides_the_slot() -> None:
+async def talk(store: SessionStore, session_id: str, text: str, *, start: bool = False) -> list[str]:
+    """Run one turn and return the texts that it found."""
+    state = await store.claim(session_id, 0, text, start=start)
+    await store.append(session_id, text, [Message("user", text)], state.slot)
+    return [message.content for message in state.messages]
+
+
+async def test_a_turn_finds_all_earlier_turns(make_sessions: MakeSessions) -> None:
+    """Each claim returns the messages of every turn before it, in their order."""
+    store, _ = await make_sessions()
+    texts = [f"turn {number}" for number in range(12)]
+    for number, text in enumerate(texts):
+        assert await talk(store, "s", text, start=number == 0) == texts[:number]
+
+
+async def test_messages_come_back_as_they_were(make_sessions: MakeSessions) -> None:
+    """Roles, names and any Unicode text survive the store, several messages a turn."""
+    store, _ = await make_sessions()
+    messages = (Message("user", "n\0ul, ü and 🎈", name="Rex"), Message("assistant", ""))
+    await store.claim("s", 7, "a", start=True)
+    await store.append("s", "a", messages, 7)
+    assert await store.load("s") == SessionState(7, messages)
+
+
+async def test_the_first_claim_decides_the_slot(make_sessions: MakeSessions) -> None:
     """A session stays pinned to the slot of its first claim, whatever later claims propose."""
-    store = MemorySessionStore(SessionConfig())
-    assert store.claim("s", 3, "a", start=True).slot == 3
-    store.append("s", "a", [Message("user", "hi")], 3)
-    assert store.claim("s", 5, "b", start=False).slot == 3
+    store, _ = await make_sessions()
+    assert (await store.claim("s", 3, "a", start=True)).slot == 3
+    await store.append("s", "a", HI, 3)
+    assert (await store.claim("s", 5, "b", start=False)).slot == 3
 
 
-def test_one_turn_at_a_time() -> None:
+async def test_the_slot_that_answered_is_kept(make_sessions: MakeSessions) -> None:
+    """A session is pinned to the slot that its last turn ended in."""
+    store, _ = await make_sessions()
+    await store.claim("s", 3, "a", start=True)
+    await store.append("s", "a", HI, 5)
+    assert await store.load("s") == SessionState(5, HI)
+
+
+async def test_one_turn_at_a_time(make_sessions: MakeSessions) -> None:
     """A claim while another turn holds the session raises SessionBusyError, also one that would begin it anew."""
-    store = MemorySessionStore(SessionConfig())
-    store.claim("s", 0, "a", start=True)
+    store, _ = await make_sessions()
+    await store.claim("s", 0, "a", start=True)
     for start in (False, True):
         with pytest.raises(SessionBusyError):
-            store.claim("s", 0, "b", start=start)
-    store.release("s", "a")
+            await store.claim("s", 0, "b", start=start)
 
 
-def test_a_failed_first_turn_leaves_no_session() -> None:
+async def test_one_of_many_claims_wins(make_sessions: MakeSessions) -> None:
+    """Of many claims at the same time, from several clients, exactly one holds the session; so in each round."""
+    first, sessions = await make_sessions()
+    stores = [first, *(sessions.connect() for _ in range(7))]
+    await talk(first, "s", "begin", start=True)
+    for turn in range(5):
+        turns = [f"{turn}-{number}" for number in range(80)]
+        results = await asyncio.gather(
+            *(stores[number % len(stores)].claim("s", 0, turn_id, start=False) for number, turn_id in enumerate(turns)),
+            return_exceptions=True,
+        )
+        winners = [turn_id for turn_id, result in zip(turns, results, strict=True) if isinstance(result, SessionState)]
+        assert len(winners) == 1
+        assert sum(isinstance(result, SessionBusyError) for result in results) == len(turns) - 1
+        await stores[turn].append("s", winners[0], HI, 0)
+    assert len((await first.load("s")).messages) == 6
+
+
+async def test_a_claim_may_be_repeated(make_sessions: MakeSessions) -> None:
+    """The same turn claims once more, as when the first reply was lost, and gets the same."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    first = await store.claim("s", 0, "a", start=False)
+    assert await store.claim("s", 4, "a", start=False) == first
+    new = await store.claim("t", 1, "b", start=True)
+    assert await store.claim("t", 4, "b", start=True) == new == SessionState(1, ())
+
+
+async def test_an_append_may_be_repeated(make_sessions: MakeSessions) -> None:
+    """The same turn ends once more, as when the first reply was lost, and is in the transcript once."""
+    store, _ = await make_sessions()
+    await store.claim("s", 0, "a", start=True)
+    for _ in range(2):
+        await store.append("s", "a", HI, 0)
+    await store.claim("s", 0, "b", start=False)
+    await store.append("s", "a", HI, 0)  # while the next turn is running
+    assert (await store.load("s")).messages == HI
+
+
+async def test_an_append_needs_the_session(make_sessions: MakeSessions) -> None:
+    """A turn that does not hold the session cannot end in it."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    for session_id in ("s", "never"):
+        with pytest.raises(SessionNotFoundError):
+            await store.append(session_id, "other", HI, 0)
+
+
+async def test_a_failed_first_turn_leaves_no_session(make_sessions: MakeSessions) -> None:
     """A session whose first turn is released was never there."""
-    store = MemorySessionStore(SessionConfig())
-    store.claim("s", 0, "a", start=True)
-    store.release("s", "a")
+    store, _ = await make_sessions()
+    await store.claim("s", 0, "a", start=True)
+    await store.release("s", "a")
     with pytest.raises(SessionNotFoundError):
-        store.load("s")
+        await store.load("s")
+    assert await store.num_sessions() == 0
 
 
-def test_a_failed_later_turn_leaves_the_transcript() -> None:
-    """A released turn changes nothing in the transcript."""
-    store = MemorySessionStore(SessionConfig())
-    talk(store, "s", "one", start=True)
-    store.claim("s", 0, "b", start=False)
-    store.release("s", "b")
-    assert store.load("s").messages == (Message("user", "one"),)
+async def test_a_failed_later_turn_leaves_the_transcript(make_sessions: MakeSessions) -> None:
+    """A released turn changes nothing in the transcript, and the session is free."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    await store.claim("s", 0, "b", start=False)
+    await store.release("s", "b")
+    assert (await store.load("s")).messages == (Message("user", "one"),)
+    assert await talk(store, "s", "two") == ["one"]
 
 
-def test_start_begins_anew() -> None:
+async def test_another_turn_is_not_released(make_sessions: MakeSessions) -> None:
+    """A turn releases only what it holds itself, be the session there or not."""
+    store, _ = await make_sessions()
+    await store.release("s", "a")
+    await store.claim("s", 0, "a", start=True)
+    await store.release("s", "b")
+    with pytest.raises(SessionBusyError):
+        await store.claim("s", 0, "b", start=False)
+
+
+async def test_start_begins_anew(make_sessions: MakeSessions) -> None:
     """`start` replaces a session of the same id."""
-    store = MemorySessionStore(SessionConfig())
-    talk(store, "s", "old", start=True)
-    assert talk(store, "s", "new", start=True) == ()
-    assert store.load("s").messages == (Message("user", "new"),)
+    store, _ = await make_sessions()
+    await talk(store, "s", "old", start=True)
+    assert await talk(store, "s", "new", start=True) == []
+    assert (await store.load("s")).messages == (Message("user", "new"),)
+    assert await store.num_sessions() == 1
 
 
-def test_idle_sessions_expire() -> None:
+async def test_idle_sessions_expire(make_sessions: MakeSessions) -> None:
     """A session that was idle for `ttl_s` is gone, one that was used since is not."""
-    clock = Clock()
-    store = MemorySessionStore(SessionConfig(ttl_s=10), clock)
-    talk(store, "old", "x", start=True)
-    clock.now = 6
-    talk(store, "new", "x", start=True)
-    clock.now = 11
-    assert store.num_sessions() == 1
+    store, sessions = await make_sessions(SessionConfig(ttl_s=1000, turn_timeout_s=1000))
+    await talk(store, "old", "x", start=True)
+    await sessions.wait(600)
+    await talk(store, "new", "x", start=True)
+    await sessions.wait(500)
+    assert await store.num_sessions() == 1
     with pytest.raises(SessionNotFoundError):
-        store.claim("old", 0, "turn", start=False)
+        await store.claim("old", 0, "turn", start=False)
+    await store.claim("new", 0, "turn", start=False)
 
 
-def test_a_turn_of_a_lost_client_times_out() -> None:
+async def test_a_session_in_a_turn_does_not_expire(make_sessions: MakeSessions) -> None:
+    """A turn may take longer than `ttl_s`."""
+    store, sessions = await make_sessions(SessionConfig(ttl_s=1000, turn_timeout_s=5000))
+    await store.claim("s", 0, "a", start=True)
+    await sessions.wait(4000)
+    await store.append("s", "a", HI, 0)
+    assert (await store.load("s")).messages == HI
+    await sessions.wait(1500)
+    assert await store.num_sessions() == 0
+
+
+async def test_a_turn_of_a_lost_client_times_out(make_sessions: MakeSessions) -> None:
     """A turn that neither appends nor releases holds its session no longer than `turn_timeout_s`."""
-    clock = Clock()
-    store = MemorySessionStore(SessionConfig(turn_timeout_s=5), clock)
-    talk(store, "s", "one", start=True)
-    store.claim("s", 0, "lost", start=False)
-    clock.now = 5
-    assert store.claim("s", 0, "next", start=False).messages == (Message("user", "one"),)
+    store, sessions = await make_sessions(SessionConfig(turn_timeout_s=1000))
+    await talk(store, "s", "one", start=True)
+    await store.claim("s", 0, "lost", start=False)
+    await sessions.wait(1000)
+    assert (await store.claim("s", 0, "next", start=False)).messages == (Message("user", "one"),)
     with pytest.raises(SessionNotFoundError):
-        store.append("s", "lost", [Message("user", "late")], 0)
+        await store.append("s", "lost", [Message("user", "late")], 0)
 
 
-def test_ending_an_unknown_session_raises() -> None:
-    """`end` of a session that is not there raises SessionNotFoundError."""
-    with pytest.raises(SessionNotFoundError):
-        MemorySessionStore(SessionConfig()).end("never")
+async def test_an_ended_session_is_gone(make_sessions: MakeSessions) -> None:
+    """`end` forgets a session, also in the middle of a turn, which then has nowhere to go."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    await store.claim("s", 0, "a", start=False)
+    await store.end("s")
+    for call in (store.load("s"), store.append("s", "a", HI, 0), store.end("s")):
+        with pytest.raises(SessionNotFoundError):
+            await call
+    assert await store.num_sessions() == 0
 
 
-def test_works_as_a_ray_actor(cluster: str) -> None:
-    """As a Ray actor the store raises its own errors as the cause."""
-    store = ray.remote(MemorySessionStore).options(num_cpus=0).remote(SessionConfig())
-    ray.get(store.claim.remote("s", 2, "a", start=True))
-    ray.get(store.append.remote("s", "a", [Message("user", "hi")], 2))
-    assert ray.get(store.load.remote("s")) == SessionState(2, (Message("user", "hi"),))
-    with pytest.raises(ray.exceptions.RayTaskError) as raised:
-        ray.get(store.load.remote("t"))
-    assert isinstance(raised.value.cause, SessionNotFoundError)
-    ray.kill(store)
+async def test_an_unknown_session_raises(make_sessions: MakeSessions) -> None:
+    """Whatever needs a session raises SessionNotFoundError when it is not there."""
+    store, _ = await make_sessions()
+    for call in (
+        store.end("never"),
+        store.load("never"),
+        store.fork("never", "new"),
+        store.claim("never", 0, "a", start=False),
+    ):
+        with pytest.raises(SessionNotFoundError):
+            await call
 
 
-class StoreMachine(RuleBasedStateMachine):
+async def test_a_fork_goes_its_own_way(make_sessions: MakeSessions) -> None:
+    """A fork begins with the slot and the transcript of its origin; afterwards neither sees the other's turns."""
+    store, _ = await make_sessions()
+    await store.claim("s", 3, "a", start=True)
+    await store.append("s", "a", HI, 3)
+    await store.fork("s", "t")
+    assert await store.load("t") == SessionState(3, HI)
+    assert await talk(store, "s", "left") == ["hi"]
+    assert await talk(store, "t", "right") == ["hi"]
+    assert [message.content for message in (await store.load("s")).messages] == ["hi", "left"]
+    assert [message.content for message in (await store.load("t")).messages] == ["hi", "right"]
+    assert await store.num_sessions() == 2
+
+
+async def test_a_fork_replaces(make_sessions: MakeSessions) -> None:
+    """A fork takes the place of a session of its id."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    for text in ("a", "b"):
+        await talk(store, "t", text, start=text == "a")
+    await store.fork("s", "t")
+    assert await store.load("t") == await store.load("s")
+
+
+async def test_a_fork_waits_for_no_turn(make_sessions: MakeSessions) -> None:
+    """While either session is in the middle of a turn, `fork` raises SessionBusyError."""
+    store, _ = await make_sessions()
+    for session_id in ("s", "t"):
+        await talk(store, session_id, "one", start=True)
+    await store.claim("s", 0, "a", start=False)
+    for origin, new in (("s", "t"), ("t", "s"), ("s", "new")):
+        with pytest.raises(SessionBusyError):
+            await store.fork(origin, new)
+    await store.release("s", "a")
+    await store.fork("s", "t")
+
+
+async def test_the_settings_choose_the_store(cluster: str, redis_server: RedisServer) -> None:
+    """`connect_store` connects to the actor that `start_store` started, or to the database of the url."""
+    for config in (SessionConfig(), SessionConfig(url=redis_server.url)):
+        actor = start_store(config)
+        assert (actor is None) == (config.url is not None)
+        store = connect_store(config, actor, "raylm:settings:")
+        await talk(store, "s", "one", start=True)
+        assert await talk(store, "s", "two") == ["one"]
+        await store.aclose()
+        if actor is not None:
+            ray.kill(actor)
+
+
+async def test_prefixes_keep_apart(redis_server: RedisServer) -> None:
+    """Sessions of one name under two prefixes of one database are two sessions."""
+    stores = [connect_store(SessionConfig(url=redis_server.url), None, prefix) for prefix in ("raylm:a:", "raylm:b:")]
+    for store in stores:
+        await talk(store, "s", "one", start=True)
+    await stores[0].end("s")
+    assert [await store.num_sessions() for store in stores] == [0, 1]
+    assert len((await stores[1].load("s")).messages) == 1
+    for store in stores:
+        await store.aclose()
+
+
+def test_missing_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the client library, a url raises an error that says what to install."""
+    monkeypatch.delitem(sys.modules, "raylm.actors.redis_sessions", raising=False)
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(SessionError, match=r"pip install 'raylm\[redis\]'"):
+        connect_store(SessionConfig(url="redis://127.0.0.1"), None, "raylm:test:")
+
+
+def test_the_password_is_not_shown() -> None:
+    """A url's password is not in the settings' text."""
+    assert "secret" not in repr(SessionConfig(url="redis://:secret@host"))
+
+
+SESSIONS = st.sampled_from("abcd")
+TURNS = st.sampled_from("xyz")
+TEXTS = st.text(max_size=5)
+WAITS = st.sampled_from([1000, 3000, 7000])
+SLOTS = st.integers(0, 3)
+CONFIG = SessionConfig(ttl_s=20_000, turn_timeout_s=10_000)
+
+Operation = Callable[[SessionStore], Awaitable[Any]]
+
+
+async def outcome(store: SessionStore, operation: Operation) -> Any:
+    """Return what an operation returned, or the kind of error that it raised."""
+    try:
+        return await operation(store)
+    except SessionError as error:
+        return type(error)
+
+
+class Operations(RuleBasedStateMachine):
+    """Any sequence of operations on two stores, which both do the same."""
+
+    def run(self, operation: Operation) -> None:
+        raise NotImplementedError
+
+    @rule(session=SESSIONS, slot=SLOTS, turn=TURNS, start=st.booleans())
+    def claim(self, session: str, slot: int, turn: str, start: bool) -> None:
+        self.run(lambda store: store.claim(session, slot, turn, start=start))
+
+    @rule(session=SESSIONS, slot=SLOTS, turn=TURNS, text=TEXTS)
+    def append(self, session: str, slot: int, turn: str, text: str) -> None:
+        self.run(lambda store: store.append(session, turn, [Message("user", text)], slot))
+
+    @rule(session=SESSIONS, slot=SLOTS, turn=TURNS, start=st.booleans(), text=TEXTS)
+    def turn(self, session: str, slot: int, turn: str, start: bool, text: str) -> None:
+        self.claim(session, slot, turn, start)
+        self.append(session, slot, turn, text)
+
+    @rule(session=SESSIONS, turn=TURNS)
+    def release(self, session: str, turn: str) -> None:
+        self.run(lambda store: store.release(session, turn))
+
+    @rule(session=SESSIONS)
+    def load(self, session: str) -> None:
+        self.run(lambda store: store.load(session))
+
+    @rule(session=SESSIONS)
+    def end(self, session: str) -> None:
+        self.run(lambda store: store.end(session))
+
+    @rule(session=SESSIONS, new_session=SESSIONS)
+    def fork(self, session: str, new_session: str) -> None:
+        self.run(lambda store: store.fork(session, new_session))
+
+    @rule()
+    def num_sessions(self) -> None:
+        self.run(lambda store: store.num_sessions())
+
+
+def test_redis_does_what_memory_does(redis_server: RedisServer) -> None:
+    """Every sequence of operations has the same outcomes in memory and in Redis."""
+
+    class Machine(Operations):
+        def __init__(self) -> None:
+            super().__init__()
+            self.runner = asyncio.Runner()
+            self.sides: list[Sessions] = [PlainSessions(CONFIG), found := RedisSessions(CONFIG, redis_server.url)]
+            self.runner.run(found.clear())
+            self.stores = [side.connect() for side in self.sides]
+
+        def run(self, operation: Operation) -> None:
+            memory, redis = [self.runner.run(outcome(store, operation)) for store in self.stores]
+            assert memory == redis
+
+        @rule(seconds=WAITS)
+        def wait(self, seconds: float) -> None:
+            for side in self.sides:
+                self.runner.run(side.wait(seconds))
+
+        def teardown(self) -> None:
+            for session in "abcd":
+                self.load(session)
+            for store in self.stores:
+                self.runner.run(store.aclose())
+            self.runner.close()
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+class HeldByPools(PlainSessionStore):
+    """A store in memory, and pools that each keep what they have touched."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(MemorySessionStore(CONFIG, clock))
+        self.clock = clock
+        self.pools = [MemorySessionStore(CONFIG, clock) for _ in range(3)]
+        self.asking = self.pools[0]
+
+    def die(self, order: random.Random) -> None:
+        """Lose everything but what the pools hold, which comes back in any order."""
+        self._store = MemorySessionStore(CONFIG, self.clock)
+        held = [record for pool in self.pools for record in pool.records()]
+        order.shuffle(held)
+        for record in held:
+            self._store.restore([record])
+
+    async def claim(self, session_id: str, slot: int, turn_id: str, *, start: bool) -> SessionState:
+        return self.hold(self._store.claim(session_id, slot, turn_id, start=start)).state
+
+    async def append(self, session_id: str, turn_id: str, messages: Any, slot: int) -> None:
+        self.hold(self._store.append(session_id, turn_id, messages, slot))
+
+    async def release(self, session_id: str, turn_id: str) -> None:
+        if (record := self._store.release(session_id, turn_id)) is not None:
+            self.hold(record)
+
+    async def end(self, session_id: str) -> None:
+        self.hold(self._store.end(session_id))
+
+    async def fork(self, session_id: str, new_session_id: str) -> None:
+        self.hold(self._store.fork(session_id, new_session_id))
+
+    def hold(self, record: SessionRecord) -> SessionRecord:
+        self.asking.restore([record])
+        return record
+
+
+class DyingStore(Operations):
+    """A store that dies now and then, and is told what its pools hold, does what one does that never dies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.immortal = PlainSessions(CONFIG)
+        self.clock = Clock()
+        self.mortal = HeldByPools(self.clock)
+
+    def run(self, operation: Operation) -> None:
+        expected = self.runner.run(outcome(self.immortal.connect(), operation))
+        assert self.runner.run(outcome(self.mortal, operation)) == expected
+
+    @rule(pool=st.integers(0, 2))
+    def another_pool_asks(self, pool: int) -> None:
+        self.mortal.asking = self.mortal.pools[pool]
+
+    @rule(order=st.randoms(use_true_random=False))
+    def die(self, order: random.Random) -> None:
+        self.mortal.die(order)
+
+    @rule(seconds=WAITS)
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.runner.run(self.immortal.wait(seconds))
+
+    def teardown(self) -> None:
+        for session in "abcd":
+            self.load(session)
+        self.runner.close()
+
+
+DyingStore.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestDyingStore = DyingStore.TestCase
+
+
+class LimitsMachine(RuleBasedStateMachine):
     """Limits hold whatever is done to the store."""
 
     def __init__(self) -> None:
@@ -131,6 +523,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.config = SessionConfig(ttl_s=20, turn_timeout_s=10, max_sessions=3, max_bytes=40)
         self.store = MemorySessionStore(self.config, self.clock)
+        self.other = MemorySessionStore(SessionConfig(), self.clock)
         self.held: set[tuple[str, str]] = set()
 
     sessions = st.sampled_from("abcdef")
@@ -165,6 +558,20 @@ class StoreMachine(RuleBasedStateMachine):
         except SessionNotFoundError:
             return
 
+    @rule(session=sessions, new_session=sessions)
+    def fork(self, session: str, new_session: str) -> None:
+        try:
+            self.store.fork(session, new_session)
+        except (SessionBusyError, SessionNotFoundError):
+            return
+        self.check_limits()
+
+    @rule(session=sessions, text=st.text("x", max_size=30))
+    def restore(self, session: str, text: str) -> None:
+        self.other.claim(session, 0, "z", start=True)
+        self.store.restore([self.other.append(session, "z", [Message("user", text)], 0)])
+        self.check_limits()
+
     @rule(seconds=st.floats(0, 15))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -174,6 +581,16 @@ class StoreMachine(RuleBasedStateMachine):
         sizes = [session.num_bytes for session in self.store._sessions.values()]
         assert self.store._num_bytes == sum(sizes)
 
+    @invariant()
+    def ends_are_bounded(self) -> None:
+        assert len(self.store._ended) <= self.config.max_sessions
+        assert not self.store._ended.keys() & self.store._sessions.keys()
+
+    @invariant()
+    def the_least_recent_is_first(self) -> None:
+        used_at = [session.used_at for session in self.store._sessions.values()]
+        assert used_at == sorted(used_at)
+
     def check_limits(self) -> None:
         """What exceeds the limits is in the middle of a turn."""
         within = (
@@ -182,5 +599,5 @@ class StoreMachine(RuleBasedStateMachine):
         assert within or all(self.store._busy(session) for session in self.store._sessions.values())
 
 
-StoreMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestStore = StoreMachine.TestCase
+LimitsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLimits = LimitsMachine.TestCase
