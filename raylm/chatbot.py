@@ -124,11 +124,11 @@ class AsyncChatbot:
             self._pool = Pool(self._pool_config, replace=self._manager.replace)
             ready = [self._pool.attach(slot, actor) for slot, actor in enumerate(self._manager.actors)]
             await asyncio.gather(*ready)
+            prefix = f"raylm:{self._pool.statistics().slots[0].model}:"
+            self._store = connect_store(self._session_config, self._manager.sessions, prefix)
         except BaseException:
             await self.aclose()
             raise
-        prefix = f"raylm:{self._pool.statistics().slots[0].model}:"
-        self._store = connect_store(self._session_config, self._manager.sessions, prefix)
         self._conversations = Conversations(self._pool, self._store)
         return self
 

@@ -1,9 +1,9 @@
 """Sessions in a Redis database. The only importer of `redis`.
 
 A session is one hash, so that it expires, and is evicted, as a whole: `slot`, `turn` (the turn in progress) and `ends`
-(when that times out, ms), `last` (the last turn that is in the transcript), `size` (turns in the transcript), and each
-turn's messages, as msgpack, under the turn's number. Every operation is one script, which Redis runs with nothing in
-between, and goes by the server's clock. Scripts may run twice, when the reply to the first was lost.
+(when that times out, ms), `size` (turns in the transcript), each turn's messages, as msgpack, under the turn's number,
+and `done:<turn>` for each. Every operation is one script, which Redis runs with nothing in between, and goes by the
+server's clock. Scripts may run twice, when the reply to the first was lost.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ return {'ok', redis.call('HGETALL', KEYS[2])}
 
 _APPEND = """
 local id, slot, turn, messages, ttl_ms = unpack(ARGV)
-local found = redis.call('HMGET', KEYS[2], 'turn', 'last', 'size')
+local found = redis.call('HMGET', KEYS[2], 'turn', 'size')
 if found[1] == turn then
-    redis.call('HSET', KEYS[2], found[3], messages, 'size', found[3] + 1, 'slot', slot, 'last', turn)
+    redis.call('HSET', KEYS[2], found[2], messages, 'size', found[2] + 1, 'slot', slot, 'done:' .. turn, 1)
     redis.call('HDEL', KEYS[2], 'turn', 'ends')
     keep(KEYS[2], id, tonumber(ttl_ms))
-elseif found[2] ~= turn then
+elseif redis.call('HEXISTS', KEYS[2], 'done:' .. turn) == 0 then
     return {'lost'}
 end
 return {'ok'}
@@ -117,7 +117,7 @@ local new_id, ttl_ms = unpack(ARGV)
 if redis.call('EXISTS', KEYS[2]) == 0 then return {'missing'} end
 if busy(KEYS[2]) or busy(KEYS[3]) then return {'busy'} end
 if KEYS[2] ~= KEYS[3] then redis.call('COPY', KEYS[2], KEYS[3], 'REPLACE') end
-redis.call('HDEL', KEYS[3], 'turn', 'ends', 'last')
+redis.call('HDEL', KEYS[3], 'turn', 'ends')
 keep(KEYS[3], new_id, tonumber(ttl_ms))
 return {'ok'}
 """

@@ -80,7 +80,7 @@ class SessionStore(Protocol):
     async def append(self, session_id: str, turn_id: str, messages: Sequence[Message], slot: int) -> None:
         """End a turn: add its messages to the transcript and pin the session to the slot that answered.
 
-        Once is as good as twice, as long as no other turn has ended in between.
+        Ending it once more does nothing.
 
         Raises:
             SessionNotFoundError: the turn no longer holds the session.
@@ -145,8 +145,13 @@ def start_store(config: SessionConfig, options: Mapping[str, Any]) -> Any | None
     Args:
         config: Its settings.
         options: More of Ray's options, such as a name.
+
+    Raises:
+        SessionError: the client library of the database is not installed.
     """
     if config.url is not None:
+        import raylm.actors.redis_sessions  # noqa: F401  # fails here, and not when the engines have started
+
         return None
     # Every turn that waits and every pool that watches is a call in progress.
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 100_000, **options}
@@ -180,7 +185,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
         slot: The slot that it is pinned to.
         messages: The transcript; None when the session has ended.
         turn_id: The turn in progress.
-        last_turn_id: The last turn that is in the transcript.
+        turn_ids: The turns in the transcript.
         idle_s: How long ago it was used.
         turn_left_s: How much longer the turn in progress may hold it.
     """
@@ -190,7 +195,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     slot: int = 0
     messages: tuple[Message, ...] | None = None
     turn_id: str | None = None
-    last_turn_id: str | None = None
+    turn_ids: tuple[str, ...] = ()
     idle_s: float = 0
     turn_left_s: float = 0
 
@@ -415,14 +420,14 @@ class _AnotherLifeError(Exception):
 
 
 class _Session:
-    __slots__ = ("last_turn_id", "messages", "num_bytes", "slot", "turn_ends_at", "turn_id", "used_at", "version")
+    __slots__ = ("messages", "num_bytes", "slot", "turn_ends_at", "turn_id", "turn_ids", "used_at", "version")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.messages: tuple[Message, ...] = ()
         self.num_bytes = 0
         self.turn_id: str | None = None
-        self.last_turn_id: str | None = None  # of the last turn that is in the transcript
+        self.turn_ids: tuple[str, ...] = ()
         self.turn_ends_at = 0.0
         self.used_at = 0.0
         self.version = 0
@@ -462,14 +467,14 @@ class MemorySessionStore:
         """See `SessionStore.append`."""
         self._expire()
         session = self._sessions.get(session_id)
-        if session is None or turn_id not in (session.turn_id, session.last_turn_id):
-            raise SessionNotFoundError(f"session {session_id} is no longer held by this turn; begin a new one")
-        if session.turn_id != turn_id:
+        if session is not None and session.turn_id != turn_id and turn_id in session.turn_ids:
             return self._record(session_id, session, self._clock())  # appended before
+        if session is None or session.turn_id != turn_id:
+            raise SessionNotFoundError(f"session {session_id} is no longer held by this turn; begin a new one")
         self._fill(session, session.messages + tuple(messages))
         session.slot = slot
         session.turn_id = None
-        session.last_turn_id = turn_id
+        session.turn_ids += (turn_id,)
         return self._touch(session_id, session)
 
     def release(self, session_id: str, turn_id: str) -> SessionRecord | None:
@@ -502,6 +507,7 @@ class MemorySessionStore:
         self._check_idle(new_session_id)
         copy = self._begin(new_session_id, session.slot)
         self._fill(copy, session.messages)
+        copy.turn_ids = session.turn_ids
         return self._touch(new_session_id, copy)
 
     def records(self) -> Iterator[SessionRecord]:
@@ -530,7 +536,7 @@ class MemorySessionStore:
             self._fill(session, record.messages)
             session.version = record.version
             session.turn_id = record.turn_id
-            session.last_turn_id = record.last_turn_id
+            session.turn_ids = record.turn_ids
             session.turn_ends_at = now + record.turn_left_s
             session.used_at = now - record.idle_s
             in_order = in_order and record.idle_s == 0
@@ -602,7 +608,7 @@ class MemorySessionStore:
             slot=session.slot,
             messages=session.messages,
             turn_id=session.turn_id,
-            last_turn_id=session.last_turn_id,
+            turn_ids=session.turn_ids,
             idle_s=now - session.used_at,
             turn_left_s=session.turn_ends_at - now,
         )

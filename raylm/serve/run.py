@@ -173,11 +173,12 @@ def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> 
         asked_to_end.set()
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    previous: dict[signal.Signals, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         endpoint.connect()
-        for number in numbers:  # now, because Ray sets handlers of its own
+        for number in previous:  # now, because Ray sets handlers of its own
             signal.signal(number, interrupt)
         endpoint.start()
         started()

@@ -27,9 +27,11 @@ class RedisServer:
 
     Args:
         folder: Where it keeps that.
+        options: More of the program's own options.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._options = options
         self._program = find_redis_server()
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
@@ -42,7 +44,7 @@ class RedisServer:
         """Start it, or start it again; returns when it answers."""
         options = ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(self._folder)]
         self._process = subprocess.Popen(
-            [self._program, "--bind", "127.0.0.1", "--port", str(self.port), *options],
+            [self._program, "--bind", "127.0.0.1", "--port", str(self.port), *options, *self._options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,6 +57,11 @@ class RedisServer:
             lines.append(line)
         self.kill()
         pytest.fail("redis-server did not start:\n" + "".join(lines))
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """End it as a crash would."""

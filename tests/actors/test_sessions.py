@@ -161,7 +161,9 @@ async def test_an_append_may_be_repeated(make_sessions: MakeSessions) -> None:
         await store.append("s", "a", HI, 0)
     await store.claim("s", 0, "b", start=False)
     await store.append("s", "a", HI, 0)  # while the next turn is running
-    assert (await store.load("s")).messages == HI
+    await store.append("s", "b", HI, 0)
+    await store.append("s", "a", HI, 0)  # when the next turn has ended
+    assert (await store.load("s")).messages == HI + HI
 
 
 async def test_an_append_needs_the_session(make_sessions: MakeSessions) -> None:
