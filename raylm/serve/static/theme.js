@@ -1,0 +1,7 @@
+// Applies the theme that was chosen here before; without one the system's preference holds. Runs before the first paint.
+"use strict";
+
+(() => {
+  const chosen = localStorage.getItem("raylm.theme");
+  if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
+})();
