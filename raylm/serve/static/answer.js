@@ -2,7 +2,7 @@
 
 import { renderBlocks } from "./blocks.js";
 import { element, setText } from "./dom.js";
-import { adviceFor, moveOf, receiptItems } from "./receipt.js";
+import { adviceFor, moveOf, receiptItems, titleOf } from "./receipt.js";
 
 export class Answer {
   #text = "";
@@ -94,7 +94,7 @@ export class Answer {
 
   /** Show a raylm error. */
   failWith(error, actions) {
-    this.fail(error.type, error.message, { advice: adviceFor(error), actions });
+    this.fail(titleOf(error), error.message, { advice: adviceFor(error), actions });
   }
 
   note(kind, title, message = "", advice = "", actions = []) {

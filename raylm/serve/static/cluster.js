@@ -174,6 +174,7 @@ export class Cluster {
   show(state, at) {
     this.#seenAt = new Date();
     this.#models.classList.remove("stale");
+    this.#message.classList.remove("trouble");
     this.#keyButton.hidden = true;
     this.#connect("live", "live");
     this.#say(state.models.length ? "" : "No models. The server is up, but it serves none: name one in its configuration.");
@@ -189,6 +190,7 @@ export class Cluster {
   /** Say that there is no newer state, and why. */
   fail(error) {
     this.#models.classList.add("stale");
+    this.#message.classList.add("trouble");
     const last = this.#seenAt ? ` What is shown is from ${this.#seenAt.toLocaleTimeString()}.` : "";
     this.#keyButton.hidden = error.status !== 401;
     if (error.status === 401) {

@@ -51,6 +51,11 @@ export function receiptItems(receipt, timing) {
   return items;
 }
 
+/** Return what an error is called: by the server, or by this page where the server had no part in it. */
+export function titleOf(error) {
+  return { Unreachable: "Server unreachable", Disconnected: "Connection lost" }[error.type] ?? error.type;
+}
+
 /** Return what a person can do about an error, or "" when its message says so itself. */
 export function adviceFor(error) {
   const wait = error.retryAfter ? `in ${Math.ceil(error.retryAfter)} s` : "in a moment";
