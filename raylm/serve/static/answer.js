@@ -23,7 +23,13 @@ export class Answer {
   constructor(model, onGrow) {
     this.#onGrow = onGrow;
     this.#speaker = element("h3", {}, model || "model");
-    this.element = element("article", { class: "answer", "aria-busy": "true" }, this.#speaker, this.#body, this.#footer);
+    this.element = element(
+      "article",
+      { class: "answer", "aria-busy": "true" },
+      this.#speaker,
+      this.#body,
+      this.#footer,
+    );
     this.#footer.append(element("span", { class: "waiting" }, "waiting for the first token"));
   }
 
@@ -53,7 +59,10 @@ export class Answer {
       tokensPerSecond: later > 0 && seconds > 0.05 ? later / seconds : null,
     };
     setText(this.#speaker, receipt.model);
-    this.#footer.replaceChildren(...(stopped ? [element("span", {}, "stopped")] : []), ...receiptItems(receipt, timing));
+    this.#footer.replaceChildren(
+      ...(stopped ? [element("span", {}, "stopped")] : []),
+      ...receiptItems(receipt, timing),
+    );
     this.#addCopy();
     this.#onGrow();
   }

@@ -63,7 +63,7 @@ function sleep(milliseconds) {
 
 /** Keep the cluster's panel, and what the chat knows of models, up to date for as long as the page is open. */
 async function watchState(chat, cluster) {
-  let names = null;
+  let known = null;
   let ask = true;
   let period = PERIOD;
   for (;;) {
@@ -71,10 +71,13 @@ async function watchState(chat, cluster) {
     const askedAt = performance.now();
     try {
       const state = await getJson("state", { ask, signal: ask ? undefined : AbortSignal.timeout(TIMEOUT) });
-      const present = state.models.map(({ name }) => name).join("\n");
-      if (present !== names) {
+      // A model's context length is known once a slot of it is up.
+      const present = JSON.stringify(
+        state.models.map(({ name, slots }) => [name, slots.some(({ capacity }) => capacity > 0)]),
+      );
+      if (present !== known) {
         chat.showModels((await getJson("v1/models")).data);
-        names = present;
+        known = present;
       }
       cluster.show(state, performance.now());
       chat.showState(state);

@@ -41,7 +41,8 @@ export class Chart {
       role: "img",
       "aria-label": "Tokens per second over the last two minutes",
     });
-    for (const y of [0, HEIGHT / 2, HEIGHT]) this.#plot.append(svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
+    for (const y of [0, HEIGHT / 2, HEIGHT])
+      this.#plot.append(svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
     this.#plot.append(this.#areas, this.#cursor);
     this.#plot.addEventListener("pointermove", (event) => {
       const { left, width } = this.#plot.getBoundingClientRect();
@@ -56,7 +57,11 @@ export class Chart {
       "figure",
       { class: "chart" },
       element("div", { class: "plot" }, this.#plot, this.#top, this.#middle, this.#readout),
-      element("figcaption", { class: "axis" }, ...["2 min ago", "1 min", "now"].map((text) => element("span", {}, text))),
+      element(
+        "figcaption",
+        { class: "axis" },
+        ...["2 min ago", "1 min", "now"].map((text) => element("span", {}, text)),
+      ),
     );
   }
 
@@ -120,6 +125,9 @@ export class Chart {
     const x = WIDTH - age;
     this.#cursor.setAttribute("x1", x);
     this.#cursor.setAttribute("x2", x);
-    return setText(this.#readout, nearest.gap ? `${age} s ago: not known` : `${age} s ago: ${sum(nearest.rates).toFixed(1)} tok/s`);
+    return setText(
+      this.#readout,
+      nearest.gap ? `${age} s ago: not known` : `${age} s ago: ${sum(nearest.rates).toFixed(1)} tok/s`,
+    );
   }
 }

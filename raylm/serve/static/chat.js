@@ -63,7 +63,8 @@ export class Chat {
     this.#select(sessions[stored.findIndex(({ current }) => current)] ?? sessions[0] ?? this.#add());
     for (const session of sessions) {
       session.restore().catch((error) => {
-        if (error.status === 404) this.#remove(session); // ended or expired meanwhile
+        if (error.status === 404)
+          this.#remove(session); // ended or expired meanwhile
         else session.remark(`This session could not be loaded. ${error.message} ${adviceFor(error)}`);
       });
     }
@@ -230,7 +231,8 @@ export class Chat {
     const model = this.#state.models.find(({ name }) => name === session.model);
     if (!model) return "";
     if (model.slots.some(({ state }) => state === "up" || state === "suspected")) return "";
-    if (model.slots.every(({ state }) => state === "failed")) return `Every slot of ${model.name} has failed: see Cluster.`;
+    if (model.slots.every(({ state }) => state === "failed"))
+      return `Every slot of ${model.name} has failed: see Cluster.`;
     return `No slot of ${model.name} is up. A message waits until one is.`;
   }
 }

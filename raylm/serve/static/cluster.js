@@ -41,7 +41,15 @@ class SlotView {
     this.element = element(
       "li",
       { class: "slot" },
-      element("p", { class: "head" }, this.#swatch, element("b", {}, String(slot)), this.#state, this.#device, this.#rate),
+      element(
+        "p",
+        { class: "head" },
+        this.#swatch,
+        element("b", {}, String(slot)),
+        this.#state,
+        this.#device,
+        this.#rate,
+      ),
       element("p", { class: "load" }, this.#load, this.#numbers),
       element("p", { class: "place" }, this.#place, this.#deaths),
     );
@@ -58,6 +66,8 @@ class SlotView {
     this.#load.max = Math.max(1, slot.capacity);
     this.#load.value = slot.num_running;
     const cache = slot.engine?.cache_usage;
+    const started = slot.capacity > 0; // what it will be able to do is not known before
+    this.#load.parentElement.hidden = !started;
     const numbers = [
       `${slot.num_running}/${slot.capacity} running`,
       `${format.format(slot.outstanding_tokens)} tokens due`,
@@ -72,7 +82,10 @@ class SlotView {
     ];
     setText(this.#place, place.filter(Boolean).join(" \u00b7 "));
     this.#place.title = slot.actor ?? "";
-    setText(this.#deaths, slot.num_deaths ? ` \u00b7 ${slot.num_deaths} ${slot.num_deaths === 1 ? "death" : "deaths"}` : "");
+    setText(
+      this.#deaths,
+      slot.num_deaths ? ` \u00b7 ${slot.num_deaths} ${slot.num_deaths === 1 ? "death" : "deaths"}` : "",
+    );
   }
 }
 
@@ -84,7 +97,13 @@ class FailureView {
     this.element = element(
       "li",
       {},
-      element("p", {}, element("time", { datetime: time.toISOString() }, time.toLocaleTimeString()), " ", element("b", {}, failure.type)),
+      element(
+        "p",
+        {},
+        element("time", { datetime: time.toISOString() }, time.toLocaleTimeString()),
+        " ",
+        element("b", {}, failure.type),
+      ),
       element("p", { title: failure.request_id ? `request ${failure.request_id}` : "" }, failure.message),
     );
   }
@@ -114,7 +133,12 @@ class ModelView {
     this.element = element(
       "section",
       { class: "model", "aria-label": name },
-      element("h2", {}, element("span", { class: "name" }, name), element("span", { class: "total" }, this.#total, " tok/s")),
+      element(
+        "h2",
+        {},
+        element("span", { class: "name" }, name),
+        element("span", { class: "total" }, this.#total, " tok/s"),
+      ),
       counts,
       this.#chart.element,
       this.#slotList,
@@ -177,7 +201,9 @@ export class Cluster {
     this.#message.classList.remove("trouble");
     this.#keyButton.hidden = true;
     this.#connect("live", "live");
-    this.#say(state.models.length ? "" : "No models. The server is up, but it serves none: name one in its configuration.");
+    this.#say(
+      state.models.length ? "" : "No models. The server is up, but it serves none: name one in its configuration.",
+    );
     reconcile(
       this.#models,
       state.models.map((model) => ({ model, at })),

@@ -13,7 +13,7 @@ const SMOOTHING = 3_000;
 export class Rates {
   /** `{at, rates: Map<slot, tokens/s>, gap}` in order of time; `gap`: nothing is known of the time before it. */
   samples = [];
-  #totals = []; // of the last seconds: {at, slots: Map<slot, {actor, numTokens}>}
+  #totals = []; // of the last seconds: {at, slots: Map<slot, number of tokens>}
 
   /**
    * Take up a state.
@@ -25,7 +25,7 @@ export class Rates {
     const gap = last === undefined || at - last.at > GAP;
     if (gap) this.#totals = [];
     const totals = new Map();
-    for (const { slot, actor, engine } of slots) if (engine) totals.set(slot, { actor, numTokens: engine.num_tokens });
+    for (const { slot, engine } of slots) if (engine) totals.set(slot, engine.num_tokens);
     this.#totals.push({ at, slots: totals });
     // The oldest total that is kept is the last one that is at least as old as the smoothing.
     while (this.#totals.length > 2 && at - this.#totals[1].at >= SMOOTHING) this.#totals.shift();
@@ -43,10 +43,8 @@ export class Rates {
     for (let i = 1; i < this.#totals.length; i += 1) {
       const before = this.#totals[i - 1].slots.get(slot);
       const after = this.#totals[i].slots.get(slot);
-      if (!after) continue;
-      // A replacement counts from zero. A slot that has just come up has no total before: what it did is not known.
-      if (before?.actor === after.actor) tokens += Math.max(0, after.numTokens - before.numTokens);
-      else if (before) tokens += after.numTokens;
+      if (before === undefined || after === undefined) continue; // it was not up, so what it did is not known
+      tokens += after >= before ? after - before : after; // a replacement counts from zero
     }
     return (tokens * 1000) / (this.#totals.at(-1).at - this.#totals[0].at);
   }

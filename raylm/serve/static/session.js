@@ -193,7 +193,8 @@ export class Session {
         answer.stop();
         this.#announce("Stopped");
       } else {
-        answer.failWith(error, [{ label: "Try again", act: () => this.#answer(text) }]);
+        const again = { label: "Try again", act: () => this.#answer(text) };
+        answer.failWith(error, error.type === "PoisonRequestError" ? [] : [again]);
         this.#announce(`The answer failed: ${error.message}`);
       }
     } finally {

@@ -12,7 +12,9 @@ export function readParameters() {
     const input = byId(name);
     if (input.value !== "") parameters[name] = input.valueAsNumber;
   }
-  const words = byId("stop_words").value.split("\n").filter((word) => word !== "");
+  const words = byId("stop_words")
+    .value.split("\n")
+    .filter((word) => word !== "");
   if (words.length) parameters.stop_words = words;
   return parameters;
 }
