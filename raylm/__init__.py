@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from raylm.api import LMDeployClient as LMDeployClient
     from raylm.api import LMDeployPipeline as LMDeployPipeline
     from raylm.api import LMDeployServer as LMDeployServer
+    from raylm.api import ServedModel as ServedModel
     from raylm.api import TritonClient as TritonClient
+    from raylm.api import connect as connect
     from raylm.chatbot import AsyncChatbot as AsyncChatbot
+    from raylm.chatbot import AsyncServedModel as AsyncServedModel
     from raylm.chatbot import Chatbot as Chatbot
     from raylm.config import APIServerConfig as APIServerConfig
     from raylm.config import EngineConfig as EngineConfig
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from raylm.config import LMDeployConfig as LMDeployConfig
     from raylm.config import OpenVINOConfig as OpenVINOConfig
     from raylm.config import PoolConfig as PoolConfig
+    from raylm.config import ServeConfig as ServeConfig
     from raylm.config import SessionConfig as SessionConfig
     from raylm.config import SimulatedConfig as SimulatedConfig
     from raylm.config import TritonConfig as TritonConfig
@@ -48,6 +52,7 @@ _HOMES = {
     "AsyncLMDeployClient": "raylm.api",
     "AsyncLMDeployPipeline": "raylm.api",
     "AsyncLMDeployServer": "raylm.api",
+    "AsyncServedModel": "raylm.chatbot",
     "AsyncTritonClient": "raylm.api",
     "CHATML_META": "raylm.template",
     "Chatbot": "raylm.chatbot",
@@ -68,12 +73,15 @@ _HOMES = {
     "RaylmError": "raylm.errors",
     "Receipt": "raylm.messages",
     "Request": "raylm.messages",
+    "ServeConfig": "raylm.config",
+    "ServedModel": "raylm.api",
     "SessionConfig": "raylm.config",
     "SimulatedConfig": "raylm.config",
     "Status": "raylm.messages",
     "TritonClient": "raylm.api",
     "TritonConfig": "raylm.config",
     "Usage": "raylm.messages",
+    "connect": "raylm.api",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

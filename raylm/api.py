@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import Any, Concatenate, Literal, ParamSpec
 
 from raylm.actors.cluster import nodes
-from raylm.chatbot import AsyncChatbot, Chatbot, as_dict
+from raylm.chatbot import AsyncChatbot, AsyncServedModel, Chatbot, as_dict
 from raylm.config import (
     APIServerConfig,
     Backend,
@@ -420,6 +420,32 @@ class TritonClient(Chatbot):
     @_arguments_of(AsyncTritonClient.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._start(AsyncTritonClient(*args, **kwargs))
+
+
+class ServedModel(Chatbot):
+    """A model that is being served. Arguments and errors are those of `AsyncServedModel`.
+
+    It is ready when the constructor returns. Use it in `with`, or call `close`.
+    """
+
+    def __init__(self, model: str, *, address: str | None = None, **sampling: Any) -> None:
+        self._start(AsyncServedModel(model, address=address, **sampling))
+
+
+def connect(model: str, *, address: str | None = None, **sampling: Any) -> ServedModel:
+    """Return the pool of a model that `raylm serve` serves, for a program without an event loop.
+
+    Args:
+        model: Its name.
+        address: Address of the Ray cluster, which `raylm serve` tells as it starts. None: that of `RAY_ADDRESS`, or
+            the one that runs on this machine.
+        sampling: Generation parameters, as in `AsyncChatbot`.
+
+    Raises:
+        ModelNotFoundError: no model of that name is served on the cluster.
+        PlacementError: there is no cluster at the address.
+    """
+    return ServedModel(model, address=address, **sampling)
 
 
 def _check_model(path: object, tp: int, replicas: int) -> None:

@@ -32,6 +32,7 @@ from raylm.errors import (
 )
 from raylm.messages import Completion, GenerationConfig, Message, Request, Status
 from raylm.pool import Pool
+from raylm.served import ServedPool
 from raylm.statistics import PoolStatistics
 from raylm.stream import Stream
 from raylm.template import MetaTemplate, parse_messages
@@ -433,6 +434,52 @@ class AsyncChatbot:
         if len(completions) < len(results):
             raise PartialFailureError(results)
         return [_shown(completion, return_dict=return_dict) for completion in completions]
+
+
+class AsyncServedModel(AsyncChatbot):
+    """A model that `raylm serve` serves, or a Serve config file does: the same actors and sessions that HTTP uses.
+
+    Args:
+        model: Its name.
+        address: Address of the Ray cluster that it is served on; None is as in `AsyncChatbot`.
+        sampling: Generation parameters, as in `AsyncChatbot`.
+
+    Raises:
+        InvalidRequestError: a parameter is out of range.
+    """
+
+    def __init__(self, model: str, *, address: str | None = None, **sampling: Any) -> None:
+        super().__init__((), address=address, **sampling)
+        self._model = model
+        self._served: ServedPool | None = None
+
+    async def start(self) -> Self:
+        """Connect to Ray and join the pools of the model; returns when every slot is up.
+
+        Raises:
+            ModelNotFoundError: no model of that name is served on the cluster.
+            PlacementError: there is no cluster at the address.
+            EngineStartError: an engine does not start; the text says what to do.
+        """
+        if not ray.is_initialized():
+            self._owns_ray = await asyncio.to_thread(connect, self._address)
+        try:
+            self._served = await ServedPool.open(self._model)
+            await self._served.ready()
+        except BaseException:
+            await self.aclose()
+            raise
+        self._pool = self._served.pool
+        self._conversations = self._served.conversations
+        self._template = self._template or self._served.template
+        return self
+
+    async def aclose(self) -> None:
+        """Leave. The actors go on for others."""
+        if self._served is not None:
+            await self._served.aclose()
+            self._served = None
+        await super().aclose()
 
 
 class Chatbot:

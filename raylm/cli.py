@@ -373,7 +373,8 @@ def serve(
     names = ", ".join(model.name for model in settings.models)
 
     def started() -> None:
-        _say(f"serving {names} at {endpoint.url} through {endpoint.proxy}; Ctrl-C ends it")
+        _say(f"serving {names} at {endpoint.url} through {endpoint.proxy}, on the Ray cluster {endpoint.cluster}")
+        _say("Ctrl-C ends it")
 
     with redirect_stdout(sys.stderr):
         heap.settle()

@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 import ray
+from ray._private.authentication import authentication_token_setup
 from ray._private.services import canonicalize_bootstrap_address
 
 from raylm.actors.placement import Node
@@ -38,6 +39,10 @@ def connect(address: str | None) -> bool:
     if found is not None and (asked_for or _answers(found)):
         if not _answers(found):
             raise PlacementError(f"no Ray cluster answers at {asked_for}; start one there, or leave the address out")
+        # As `ray start` does, and `ray.init` only for a cluster that it starts: this user's token opens this user's
+        # clusters.
+        logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             ray.init(address=found, **quiet)
         except ConnectionError as error:

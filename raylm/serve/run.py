@@ -99,6 +99,13 @@ class Endpoint:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
+    @property
+    def cluster(self) -> str:
+        """Address of the Ray cluster, for `raylm.connect`."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address)
+
     def connect(self) -> None:
         """Connect to Ray, and start it where there is none.
 
