@@ -1,0 +1,447 @@
+"""The HTTP endpoint under load, against the usual way to put a model behind Ray Serve.
+
+Subject. `raylm serve` in HAProxy mode: HAProxy, one gateway, one EngineActor.
+
+Baseline, on the same Serve with the same HAProxy, in alternating rounds: a FastAPI ingress deployment that streams from
+the handle of an engine deployment, one `StreamingResponse` a request, as Serve's own guide has it.
+
+Both have the simulated engine (a clock, not a model) at 50 tokens/s a stream, and both write one event of the same JSON
+for each token. The load is wrk's, with 256 connections that ask for streams of 100 tokens one after the other; streamed
+tokens/s are 256 * 100 / mean time of a stream.
+
+`stream_gain`: the subject's streamed tokens/s by the baseline's.
+`ttft_added_ratio`: median time to the first token beside those 256 streams, less the engine's own, by the baseline's.
+Requests of one token show it, for wrk knows only when a response is whole.
+`cpu_per_token_ratio`: CPU of all of Ray's, Serve's and HAProxy's processes for one token, by the baseline's.
+`stream_stretch`: median time of a stream by the engine's own, which is 2 s.
+`added_p50_ms`: median time of a request for one token, one client and nothing else, less the engine's own.
+`http_efficiency`: SmolLM2 on CPU, tokens/s of the engine while 32 streams are read over HTTP, by those of the same
+engine driven directly in a process of its own. Gateway, HAProxy, wrk and engine share the machine's cores.
+`affinity`, `moved_healthy`, `moved_answered`: 200 sessions of 5 turns on 4 actors and 2 gateways. Share of turns on the
+session's own actor; then one actor is killed: share of the other actors' sessions that move, and of the dead one's that
+answer their next turn right.
+
+The engine's own times are measured on the same engine, driven directly in this process. Needs wrk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import psutil
+from harness import Figure, local_cluster, publish, quick_asked, say
+
+from raylm.config import EngineConfig, OpenVINOConfig, ServeConfig, SimulatedConfig
+from raylm.engines import build
+from raylm.engines.simulated import greedy_text
+from raylm.messages import Delta, GenerationConfig, Request
+from raylm.ports import free_port
+from raylm.serve.run import Endpoint
+
+RATE = 50  # tokens per second of each stream
+NUM_STREAMS = 256
+NUM_TOKENS = 100
+NUM_PROBES = 4
+MODEL = "smollm2-135m-instruct"
+NUM_REAL_STREAMS = 32
+NUM_SESSIONS, NUM_TURNS = 200, 5
+
+LUA = """
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+local count = 0
+function request()
+  count = count + 1
+  return wrk.format(nil, nil, nil, string.format(BODY, count))
+end
+function done(summary, latency)
+  local failed = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status
+    + summary.errors.timeout
+  io.write(string.format("RESULT %d %d %f %f\\n", summary.requests, failed, latency.mean, latency:percentile(50)))
+end
+"""
+
+
+class Load(msgspec.Struct):
+    """What wrk saw. Times in seconds."""
+
+    num_requests: int
+    mean_s: float
+    p50_s: float
+
+
+class Wrk:
+    """A running wrk.
+
+    Args:
+        url: Where it sends.
+        body: What, as Lua's `string.format` takes it, with one `%d` for a number that differs.
+        connections: How many at a time.
+        duration_s: For how long.
+    """
+
+    def __init__(self, url: str, body: str, connections: int, duration_s: float) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".lua", delete=False) as script:
+            script.write(f"BODY = [[{body}]]\n{LUA}")
+        self._script = Path(script.name)
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{duration_s:.0f}s", "--timeout", "60s", "-s", script.name, url]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def result(self) -> Load:
+        """Wait for its end."""
+        printed, _ = self._process.communicate()
+        self._script.unlink()
+        _, requests, failed, mean_us, p50_us = next(
+            line for line in printed.splitlines() if line.startswith("RESULT")
+        ).split()
+        if int(failed):
+            raise RuntimeError(f"{failed} of {requests} requests failed:\n{printed}")
+        return Load(int(requests), float(mean_us) / 1e6, float(p50_us) / 1e6)
+
+
+def chat_body(model: str, max_tokens: int, *, stream: bool, prompt: str = "question %d") -> str:
+    """Return the body of a chat request for wrk."""
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": stream, "temperature": 0}
+    return json.dumps(body)
+
+
+def baseline_app() -> Any:
+    """Return the usual design as a Serve application."""
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+    from pydantic import BaseModel
+    from ray import serve
+
+    from raylm.engines.simulated import SimulatedEngine
+
+    class Body(BaseModel):
+        prompt: str
+        max_tokens: int
+
+    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    class Engine:
+        def __init__(self) -> None:
+            self._engine = SimulatedEngine(SimulatedConfig(tokens_per_s=RATE))
+            self._started = False
+
+        async def generate(self, prompt: str, max_tokens: int) -> AsyncIterator[str]:
+            if not self._started:
+                self._started = True
+                await self._engine.start()
+            deltas: asyncio.Queue[Delta] = asyncio.Queue()
+            config = GenerationConfig(max_new_tokens=max_tokens, temperature=0)
+            request = Request(request_id=prompt, prompt=prompt, config=config)
+            running = asyncio.create_task(self._engine.generate(request, deltas.put_nowait))
+            while True:
+                delta = await deltas.get()
+                yield delta.text
+                if delta.finish_reason is not None:
+                    break
+            await running
+
+    app = FastAPI()
+
+    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(app)
+    class Ingress:
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine.options(stream=True)
+
+        @app.post("/stream")
+        async def stream(self, body: Body) -> StreamingResponse:
+            async def events() -> AsyncIterator[str]:
+                async for text in self._engine.generate.remote(body.prompt, body.max_tokens):
+                    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+                    chunk = {
+                        "id": "chatcmpl-0",
+                        "object": "chat.completion.chunk",
+                        "created": 0,
+                        "model": "sim",
+                        "choices": [choice],
+                    }
+                    yield f"data: {json.dumps(chunk)}\n\n"
+                yield "data: [DONE]\n\n"
+
+            return StreamingResponse(events(), media_type="text/event-stream")
+
+    return Ingress.bind(Engine.bind())
+
+
+def cluster_cpu_s() -> float:
+    """Return the CPU time so far of everything that this process has started but wrk, in seconds."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name() != "wrk":
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+class Round(msgspec.Struct):
+    """One round of the load on one of the two."""
+
+    tokens_per_s: float
+    stream_s: float
+    ttft_s: float
+    cpu_us: float
+
+
+def load_round(url: str, stream_body: str, probe_url: str, probe_body: str, duration_s: float) -> Round:
+    """Run 256 streams and, beside them, the probes."""
+    before_s = cluster_cpu_s()
+    streams = Wrk(url, stream_body, NUM_STREAMS, duration_s)
+    time.sleep(1)  # until the streams have begun; the probes are to meet them
+    probes = Wrk(probe_url, probe_body, NUM_PROBES, duration_s - 2)
+    probed, streamed = probes.result(), streams.result()
+    cpu_s = cluster_cpu_s() - before_s
+    num_tokens = duration_s * NUM_STREAMS * NUM_TOKENS / streamed.mean_s + probed.num_requests
+    return Round(
+        tokens_per_s=NUM_STREAMS * NUM_TOKENS / streamed.mean_s,
+        stream_s=streamed.p50_s,
+        ttft_s=probed.p50_s,
+        cpu_us=cpu_s / num_tokens * 1e6,
+    )
+
+
+async def engine_alone(num_streams: int) -> tuple[float, float]:
+    """Return the engine's own median time to one token: alone, and beside that many streams, in seconds."""
+    engine = build(SimulatedConfig(tokens_per_s=RATE))
+    await engine.start()
+
+    async def once(num_tokens: int) -> float:
+        began = time.perf_counter()
+        config = GenerationConfig(max_new_tokens=num_tokens, temperature=0)
+        await engine.generate(Request(request_id="x", prompt="question", config=config), lambda _: None)
+        return time.perf_counter() - began
+
+    alone = [await once(1) for _ in range(50)]
+    others = [asyncio.create_task(once(500)) for _ in range(num_streams)]
+    beside = []
+    for index in range(50):
+        await asyncio.sleep(0.0031 * (index % 7))  # at all phases of the engine's clock
+        beside.append(await once(1))
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await engine.close()
+    return statistics.median(alone), statistics.median(beside)
+
+
+@contextmanager
+def serving(engines: list[EngineConfig], name: str, gateways: int = 1) -> Iterator[str]:
+    """Serve a model on a cluster of its own, and yield its URL."""
+    config = ServeConfig.parse(
+        {
+            "models": [{"name": name, "engines": [engine.model_dump() for engine in engines]}],
+            "gateway": {"replicas": gateways},
+        }
+    )
+    endpoint = Endpoint(config, "127.0.0.1", free_port(), "haproxy", None)
+    with local_cluster():
+        endpoint.connect()
+        try:
+            endpoint.start()
+            yield endpoint.url
+        finally:
+            endpoint.stop()
+
+
+def measure_streams(*, quick: bool) -> list[Figure]:
+    """Measure subject and baseline with the simulated engine."""
+    rounds, duration_s = (1, 8) if quick else (3, 15)
+    alone_s, beside_s = asyncio.run(engine_alone(NUM_STREAMS))
+    ours: list[Round] = []
+    theirs: list[Round] = []
+    with serving([SimulatedConfig(tokens_per_s=RATE)], "sim") as url:
+        from ray import serve
+
+        serve.run(baseline_app(), name="baseline", route_prefix="/baseline")
+        chat, usual = f"{url}/v1/chat/completions", f"{url}/baseline/stream"
+        body = '{"prompt": "question %%d", "max_tokens": %d}'
+        Wrk(chat, chat_body("sim", 5, stream=True), 32, 2).result()
+        Wrk(usual, body % 5, 32, 2).result()
+        single = Wrk(chat, chat_body("sim", 1, stream=False), 1, 3 if quick else 10).result()
+        for number in range(rounds):
+            stream_body, probe_body = chat_body("sim", NUM_TOKENS, stream=True), chat_body("sim", 1, stream=True)
+            ours.append(load_round(chat, stream_body, chat, probe_body, duration_s))
+            theirs.append(load_round(usual, body % NUM_TOKENS, usual, body % 1, 2 * duration_s))
+            say(f"round {number}: {ours[-1]} against {theirs[-1]}")
+
+    def median(rounds: list[Round], name: str) -> float:
+        return statistics.median(getattr(found, name) for found in rounds)
+
+    added_s = max(1e-4, median(ours, "ttft_s") - beside_s)
+    usual_added_s = max(1e-4, median(theirs, "ttft_s") - beside_s)
+    rate, usual_rate = median(ours, "tokens_per_s"), median(theirs, "tokens_per_s")
+    cpu_us, usual_cpu_us = median(ours, "cpu_us"), median(theirs, "cpu_us")
+    return [
+        Figure("stream_gain", rate / usual_rate, "", 3),
+        Figure("ttft_added_ratio", added_s / usual_added_s, "", 0.5, "lower"),
+        Figure("cpu_per_token_ratio", cpu_us / usual_cpu_us, "", 0.33, "lower"),
+        Figure("stream_stretch", median(ours, "stream_s") / (NUM_TOKENS / RATE), "", 1.1, "lower"),
+        Figure("added_p50_ms", (single.p50_s - alone_s) * 1e3, "ms", 2.5, "lower"),
+        Figure("stream_rate", rate, "tokens/s"),
+        Figure("baseline_stream_rate", usual_rate, "tokens/s"),
+        Figure("stream_rate_ideal", NUM_STREAMS * RATE, "tokens/s"),
+        Figure("ttft_added_ms", added_s * 1e3, "ms", None, "lower"),
+        Figure("baseline_ttft_added_ms", usual_added_s * 1e3, "ms", None, "lower"),
+        Figure("cpu_per_token_us", cpu_us, "us", None, "lower"),
+        Figure("baseline_cpu_per_token_us", usual_cpu_us, "us", None, "lower"),
+        Figure("baseline_stream_stretch", median(theirs, "stream_s") / (NUM_TOKENS / RATE), "", None, "lower"),
+    ]
+
+
+DIRECT = """
+import asyncio, sys, time
+from raylm.config import OpenVINOConfig
+from raylm.engines import build
+from raylm.messages import GenerationConfig, Message, Request
+
+async def main(model, streams, tokens, warm_s, window_s):
+    engine = build(OpenVINOConfig(path=model))
+    await engine.start()
+    async def client(number):
+        turn = 0
+        while True:
+            turn += 1
+            words = f"Tell me story {number * 1000 + turn}."
+            config = GenerationConfig(max_new_tokens=tokens, temperature=0, ignore_eos=True)
+            request = Request(request_id=words, messages=(Message("user", words),), config=config)
+            await engine.generate(request, lambda _: None)
+    clients = [asyncio.create_task(client(number)) for number in range(streams)]
+    await asyncio.sleep(warm_s)
+    before, began = engine.statistics().num_tokens, time.perf_counter()
+    await asyncio.sleep(window_s)
+    print((engine.statistics().num_tokens - before) / (time.perf_counter() - began))
+    for task in clients:
+        task.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    await engine.close()
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))
+"""
+
+
+def measure_real(*, quick: bool) -> list[Figure]:
+    """Measure the real model over HTTP and directly."""
+    rounds, warm_s, window_s = (1, 3, 6) if quick else (3, 5, 20)
+    direct, over_http = [], []
+    for _ in range(rounds):
+        arguments = [MODEL, str(NUM_REAL_STREAMS), str(NUM_TOKENS), str(warm_s), str(window_s)]
+        result = subprocess.run([sys.executable, "-c", DIRECT, *arguments], capture_output=True, text=True, check=True)
+        direct.append(float(result.stdout.split()[-1]))
+        with serving([OpenVINOConfig(path=MODEL)], MODEL) as url:
+            body = json.loads(chat_body(MODEL, NUM_TOKENS, stream=True, prompt="Tell me story %d.")) | {
+                "ignore_eos": True
+            }
+            load = Wrk(f"{url}/v1/chat/completions", json.dumps(body), NUM_REAL_STREAMS, warm_s + window_s + 3)
+            over_http.append(asyncio.run(engine_rate(url, warm_s, window_s)))
+            load.result()
+        say(f"direct {direct[-1]:.0f} tokens/s, over HTTP {over_http[-1]:.0f}")
+    return [
+        Figure("http_efficiency", statistics.median(over_http) / statistics.median(direct), "", 0.85),
+        Figure("http_tokens_per_s", statistics.median(over_http), "tokens/s"),
+        Figure("direct_tokens_per_s", statistics.median(direct), "tokens/s"),
+    ]
+
+
+async def engine_rate(url: str, warm_s: float, window_s: float) -> float:
+    """Return the tokens/s of the one engine behind an endpoint, by what it tells of itself."""
+    async with aiohttp.ClientSession() as client:
+
+        async def num_tokens() -> int:
+            async with client.get(f"{url}/state") as response:
+                state = await response.json()
+            return int(state["models"][0]["slots"][0]["engine"]["num_tokens"])
+
+        await asyncio.sleep(warm_s)
+        before, began = await num_tokens(), time.perf_counter()
+        await asyncio.sleep(window_s)
+        return (await num_tokens() - before) / (time.perf_counter() - began)
+
+
+def measure_affinity(*, quick: bool) -> list[Figure]:
+    """Measure where the turns of sessions go, before and after the death of an actor."""
+    num_sessions = NUM_SESSIONS // (4 if quick else 1)
+    with serving([SimulatedConfig(tokens_per_s=1000)] * 4, "sim", gateways=2) as url:
+        return asyncio.run(_affinity(url, num_sessions))
+
+
+async def _affinity(url: str, num_sessions: int) -> list[Figure]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=32, force_close=True)) as client:
+
+        async def turn(session: int, number: int) -> tuple[int, str]:
+            body = {
+                "inputs": f"session {session} turn {number}",
+                "session_id": session,
+                "sequence_start": number == 0,
+                "sequence_end": False,
+                "max_new_tokens": 8,
+                "temperature": 0,
+            }
+            async with client.post(f"{url}/stream_chat", json=body) as response:
+                last = [line async for line in response.content if line.startswith(b"data: ")][-1]
+            event = json.loads(last.removeprefix(b"data: "))
+            if event.get("status") != 0:
+                raise RuntimeError(f"turn {number} of session {session} ended with {event}")
+            return event["receipt"]["slot"], event["text"]
+
+        async def conversation(session: int) -> list[int]:
+            return [(await turn(session, number))[0] for number in range(NUM_TURNS)]
+
+        slots = await asyncio.gather(*(conversation(session) for session in range(num_sessions)))
+        affinity = statistics.mean(slot == found[0] for found in slots for slot in found[1:])
+        async with client.get(f"{url}/state") as response:
+            state = await response.json()
+        dead = state["models"][0]["slots"][0]
+        os.kill(dead["pid"], signal.SIGKILL)
+        after = await asyncio.gather(*(turn(session, NUM_TURNS) for session in range(num_sessions)))
+
+        async def right(session: int) -> bool:
+            async with client.get(f"{url}/sessions/{session}") as response:
+                messages = (await response.json())["messages"]
+            prompt = "".join(f"{message['role']}: {message['content']}\n" for message in messages[:-1])
+            return len(messages) == 2 * (NUM_TURNS + 1) and after[session][1] == greedy_text(prompt, 8)
+
+        healthy = [session for session in range(num_sessions) if slots[session][-1] != dead["slot"]]
+        orphans = [session for session in range(num_sessions) if slots[session][-1] == dead["slot"]]
+        moved = statistics.mean(after[session][0] != slots[session][-1] for session in healthy)
+        answered = statistics.mean([await right(session) for session in orphans])
+    say(f"{len(orphans)} of {num_sessions} sessions were on the actor that was killed")
+    return [
+        Figure("affinity", affinity, "", 1),
+        Figure("moved_healthy", moved, "", 0, "lower"),
+        Figure("moved_answered", answered, "", 1),
+    ]
+
+
+def main() -> None:
+    """Measure all of it."""
+    quick = quick_asked(__doc__)
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is not installed; `make system-deps` brings it")
+    figures = [*measure_streams(quick=quick), *measure_affinity(quick=quick), *measure_real(quick=quick)]
+    publish("serving", figures)
+
+
+if __name__ == "__main__":
+    main()
