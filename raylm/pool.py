@@ -319,8 +319,10 @@ class Pool:
 
         Raises:
             InvalidRequestError: the engines cannot tell, or cannot take that prompt.
-            NoActorError: no slot is up.
+            NoActorError: the pool is closed, or none of its slots is up.
         """
+        if self._closed:
+            raise NoActorError("the pool was closed")
         message = _encode(request)
         for link in sorted(self._links.values(), key=lambda link: len(link.streams)):
             if link.state != "up":

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.errors import InvalidRequestError
-from raylm.messages import Delta, GenerationConfig, Request
+from raylm.messages import Delta, Details, GenerationConfig, Request
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,11 @@ from raylm.messages import Delta, GenerationConfig, Request
         ("seed", -1),
         ("seed", 2**70),
         ("max_new_tokens", 2**70),
+        ("top_logprobs", 21),
+        ("top_logprobs", -1),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("json_schema", 5),
         ("ignore_eos", "yes"),
         ("tpo_p", 0.5),
     ],
@@ -60,6 +65,31 @@ def test_more_minimum_than_maximum_is_refused() -> None:
     """`min_new_tokens` above `max_new_tokens` raises."""
     with pytest.raises(InvalidRequestError, match="min_new_tokens"):
         GenerationConfig().updated({"min_new_tokens": 5, "max_new_tokens": 4})
+
+
+def test_no_new_tokens_is_for_echo() -> None:
+    """`max_new_tokens` may be 0 where the prompt's tokens are asked for, and there alone."""
+    with pytest.raises(InvalidRequestError, match="max_new_tokens"):
+        GenerationConfig().updated({"max_new_tokens": 0})
+    assert GenerationConfig().updated({"max_new_tokens": 0, "echo": True}).max_new_tokens == 0
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    """Candidates stand beside the log-probabilities of the tokens."""
+    with pytest.raises(InvalidRequestError, match="top_logprobs"):
+        GenerationConfig().updated({"top_logprobs": 2})
+
+
+def test_merged_details_are_the_sum() -> None:
+    """However deltas are merged, what they tell beyond their text is that of the sequence."""
+    echo = Delta("", 0, details=Details(prompt_token_ids=(7, 8), prompt_logprobs=(0.0, -1.0)))
+    first = Delta("a", 1, (1,), (-0.5,), details=Details(("a",), ((("a", -0.5),),)))
+    second = Delta("b", 2, (2,), (-0.25,), details=Details(("b",), ((("b", -0.25),),)))
+    merged = Delta("", 0)
+    for delta in (echo, first, second):
+        merged.extend(delta)
+    assert merged.details == Details(("a", "b"), ((("a", -0.5),), (("b", -0.25),)), (7, 8), (), (0.0, -1.0))
+    assert first.details == Details(("a",), ((("a", -0.5),),))
 
 
 DELTAS = st.lists(

@@ -8,9 +8,10 @@ import pytest
 
 from raylm.actors.engine_actor import LEASE_S
 from raylm.config import PoolConfig, SimulatedConfig
-from raylm.engines.simulated import greedy_text
+from raylm.engines.simulated import candidates, greedy_text
 from raylm.errors import (
     ContextLengthError,
+    InvalidRequestError,
     NoActorError,
     PlacementError,
     PoolSaturatedError,
@@ -46,6 +47,33 @@ async def test_deltas_join_to_the_completion(start_pool: StartPool) -> None:
     assert counts == sorted(counts)
     assert counts[-1] == completion.usage.completion_tokens == 20
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+
+
+async def test_details_cross_the_pool(start_pool: StartPool) -> None:
+    """A completion has all that the deltas told of the prompt's tokens and of the new ones."""
+    running = await start_pool(FAST)
+    config = GenerationConfig(temperature=0, max_new_tokens=3, echo=True, logprobs=True, top_logprobs=2)
+    request = Request(request_id="1", prompt_token_ids=(4, 7), config=config)
+    for done in (await running.pool.generate(request), await running.pool.stream(request).completion()):
+        details = done.details
+        assert details is not None
+        assert details.prompt_token_ids == (4, 7)
+        assert details.prompt_logprobs == (0.0, -1.0)
+        assert details.prompt_top_logprobs == ((), candidates(7, "7 ", 2))
+        assert "".join(details.token_texts) == done.text
+        assert len(details.top_logprobs) == len(done.logprobs) == 3
+    assert (await running.pool.generate(ask("tell me"))).details is None
+
+
+async def test_tokenize(start_pool: StartPool) -> None:
+    """Any engine of the pool tells the tokens of a prompt, or why it cannot."""
+    running = await start_pool(FAST)
+    assert len(await running.pool.tokenize(ask("tell me more"))) == 3
+    with pytest.raises(InvalidRequestError, match="empty"):
+        await running.pool.tokenize(ask(""))
+    await running.pool.aclose()
+    with pytest.raises(NoActorError):
+        await running.pool.tokenize(ask("tell me more"))
 
 
 async def test_the_receipt_tells_who_and_why(start_pool: StartPool) -> None:

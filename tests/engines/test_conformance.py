@@ -257,14 +257,14 @@ async def test_echo(engine: Engine, logprobs: bool) -> None:
 
 async def test_log_likelihood(engine: Engine) -> None:
     """The log-probabilities of a prompt are those that its tokens have when they are generated."""
-    record = await run(engine, make_request(STORY, max_new_tokens=300, ignore_eos=True, logprobs=True, echo=True))
+    record = await run(engine, make_request(STORY, max_new_tokens=24, ignore_eos=True, logprobs=True, echo=True))
     details = record.details
     assert "".join(details.token_texts) == record.text
     assert len(details.prompt_logprobs) == len(details.prompt_token_ids)
     assert details.prompt_logprobs[0] == 0.0
     assert all(logprob < 0 for logprob in details.prompt_logprobs[1:])
     whole = (*details.prompt_token_ids, *record.token_ids)
-    requests = [make_request(whole[:end], max_new_tokens=0, logprobs=True, echo=True) for end in (2, 20, 150, 304)]
+    requests = [make_request(whole[:end], max_new_tokens=0, logprobs=True, echo=True) for end in (1, 2, 11, 28)]
     for again in await run_all(engine, requests):
         known = [*details.prompt_logprobs, *record.logprobs]
         found = again.details.prompt_logprobs

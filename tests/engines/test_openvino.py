@@ -100,14 +100,62 @@ async def test_continuation_of_another_models_tokens(engine: OpenVINOEngine) -> 
         (make_request((Message("user", "Hi"), Message("environment", "x"))), "environment"),
         (make_request("a lone surrogate: \ud800"), "Unicode"),
         (Request(request_id="neither"), "empty"),
+        (make_request((504, 10**6)), "prompt_token_ids: 1000000 is no token"),
+        (make_request((504, -1)), "prompt_token_ids: -1 is no token"),
     ],
-    ids=["role", "unicode", "neither"],
+    ids=["role", "unicode", "neither", "large-id", "negative-id"],
 )
 async def test_invalid_requests(engine: OpenVINOEngine, request_: Request, named: str) -> None:
     """What the library would pass over in silence, or choke on, is an error that names it."""
     with pytest.raises(InvalidRequestError, match=named):
         await run(engine, request_)
     assert engine.statistics().num_running == 0
+
+
+async def test_penalties(engine: OpenVINOEngine) -> None:
+    """A text that repeats a token over and over does so less with either penalty."""
+    plain, presence, frequency = await run_all(
+        engine,
+        [
+            make_request("Count: one, one, one, one, one, one,", max_new_tokens=32, ignore_eos=True, **penalty)
+            for penalty in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0})
+        ],
+    )
+    most = [max(map(record.token_ids.count, record.token_ids)) for record in (plain, presence, frequency)]
+    assert most[0] == 16
+    assert max(most[1:]) < 16
+    assert presence.text != frequency.text
+
+
+async def test_seeds_of_copies(engine: OpenVINOEngine) -> None:
+    """Copies of a request in one batch differ by their seeds, and a seed gives the same text again in the same place."""
+    parameters = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": None, "ignore_eos": True}
+    requests = [make_request(STORY, seed=seed, **parameters) for seed in range(6)]
+    copies, again = await run_all(engine, requests), await run_all(engine, requests)
+    assert len({record.text for record in copies}) == 6
+    assert [record.text for record in again] == [record.text for record in copies]
+    alone = [await run(engine, requests[0]) for _ in range(2)]
+    assert alone[0].text == alone[1].text
+
+
+async def test_texts_of_half_characters(engine: OpenVINOEngine) -> None:
+    """A token that is a part of a character is told by its bytes."""
+    told = (await run(engine, make_request("🚀", max_new_tokens=0, echo=True))).details.prompt_token_texts
+    assert len(told) > 1
+    spelled = [bytes.fromhex(text.removeprefix("bytes:").replace("\\x", "")) for text in told]
+    assert b"".join(spelled).decode() == "🚀"
+
+
+async def test_echo_of_a_long_prompt(engine: OpenVINOEngine) -> None:
+    """A prompt that is read in several steps, beside others, is told once and in whole."""
+    token_ids = (await engine.tokenize(make_request("one two three four " * 70)))[:270]  # a step reads 256
+    requests = [make_request(token_ids[n:], max_new_tokens=n, echo=True, logprobs=True) for n in range(2)]
+    for request, record in zip(requests, await run_all(engine, requests), strict=True):
+        first = record.deltas[0].details
+        assert first is not None
+        assert first.prompt_token_ids == request.prompt_token_ids
+        assert len(first.prompt_logprobs) == len(first.prompt_token_ids)
+        assert len(record.logprobs) == len(record.token_ids) == request.config.max_new_tokens
 
 
 async def test_failing_receiver(engine: OpenVINOEngine) -> None:
@@ -360,6 +408,21 @@ async def test_no_chat_template(worker: Worker) -> None:
     assert last.error is not None
     assert last.error.type == "InvalidRequestError"
     assert "meta_template" in last.error.message
+
+
+async def test_echo_with_prefix_caching(caching_worker: Worker) -> None:
+    """The library tells no log-probabilities of what lies in its cache, so they are refused; the tokens are told."""
+    request = make_request(STORY, max_new_tokens=0, echo=True, logprobs=True)
+    caching_worker.add(1, request)
+    caching_worker.add(2, make_request(STORY, max_new_tokens=0, echo=True))
+    caching_worker.add(3, make_request(STORY, max_new_tokens=2, logprobs=True))
+    outputs = finish(caching_worker)
+    (refused,), (told,) = outputs[1], outputs[2]
+    assert refused.error is not None
+    assert refused.error.message.startswith("echo: with prefix_caching")
+    assert told.extra is not None
+    assert told.extra.prompt_token_ids == caching_worker.tokenize(4, request).token_ids
+    assert outputs[3][-1].finish_reason == "length"
 
 
 async def test_prefix_caching(caching_worker: Worker) -> None:

@@ -152,3 +152,12 @@ def test_byte_level_vocabulary_is_taken_literally() -> None:
     vocabulary = Vocabulary(tokens)
     assert not vocabulary.sentencepiece
     assert Detokenizer(vocabulary).feed([0, 2, 3]) == " a\u2581<0x0A>"
+
+
+@pytest.mark.parametrize(
+    ("token_id", "text"),
+    [(65, "A"), (256, " the"), (257, "é"), (258, r"bytes:\xf0\x9f"), (200, r"bytes:\xc8"), (999, "")],
+)
+def test_spelling_of_one_token(token_id: int, text: str) -> None:
+    """A token is its text, or its bytes where those are no text; one that stands for nothing is empty."""
+    assert BYTES.spell(token_id) == text

@@ -224,6 +224,8 @@ SENT: dict[str, dict[str, Any]] = {
         "sampling_param_top_k": ["int32", [1], [5]],
         "sampling_param_seed": ["uint64", [1], [2**40]],
         "sampling_param_stop": ["object", [2], ["#", "你"]],
+        "sampling_param_presence_penalty": ["float32", [1], [0.5]],
+        "sampling_param_frequency_penalty": ["float32", [1], [-0.5]],
     },
     "turbomind": {
         "request_output_len": ["uint32", [1, 1], [9]],
@@ -246,6 +248,7 @@ async def test_parameters(server: TritonServer, model: str, expected: dict[str, 
     can: dict[str, dict[str, Any]] = {
         "ensemble": {"repetition_penalty": 1.5, "min_new_tokens": 2, "ignore_eos": True},
         "turbomind": {"repetition_penalty": 1.5, "ignore_eos": True},
+        "tensorrt_llm": {"presence_penalty": 0.5, "frequency_penalty": -0.5},
     }
     request = make_request(
         prompt_of(STORY), max_new_tokens=9, temperature=0.5, top_p=0.75, top_k=5, seed=2**40, stop_words=["#", "你"],
@@ -261,7 +264,7 @@ async def test_parameters_of_vllm(server: TritonServer) -> None:
     """VLLM gets its parameters as one JSON object."""
     request = make_request(
         prompt_of(STORY), max_new_tokens=9, temperature=0.5, top_p=0.75, top_k=5, seed=2**40, repetition_penalty=1.5,
-        min_new_tokens=2, ignore_eos=True, stop_words=["#"],
+        min_new_tokens=2, ignore_eos=True, stop_words=["#"], presence_penalty=0.5, frequency_penalty=-0.5,
     )  # fmt: skip
     async with connect(server) as engine:
         log = await log_of(server, lambda: run(engine, request))
@@ -269,6 +272,7 @@ async def test_parameters_of_vllm(server: TritonServer) -> None:
     assert json.loads(sent["sampling_parameters"][0]) == {
         "max_tokens": 9, "temperature": 0.5, "top_p": 0.75, "top_k": 5, "seed": 2**40, "repetition_penalty": 1.5,
         "min_tokens": 2, "ignore_eos": True, "stop": ["#"], "include_stop_str_in_output": True,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5,
     }  # fmt: skip
 
 
@@ -282,13 +286,18 @@ async def test_parameters_of_vllm(server: TritonServer) -> None:
         ("unsigned", "ignore_eos", True),
         ("ensemble", "top_k", 2**40),
         ("turbomind", "min_new_tokens", 3),
+        ("turbomind", "presence_penalty", 0.5),
+        ("ensemble", "frequency_penalty", 0.5),
         ("composed", "stop_words", ["#"]),
         ("composed", "seed", 1),
     ],
 )
 async def test_refusals(server: TritonServer, model: str, parameter: str, value: Any) -> None:
     """What a model cannot honour is refused by name before anything is sent; its neutral value never is."""
-    neutral = {"repetition_penalty": 1.0, "min_new_tokens": 0, "ignore_eos": False, "seed": None, "stop_words": ()}
+    neutral = {
+        "repetition_penalty": 1.0, "min_new_tokens": 0, "ignore_eos": False, "seed": None, "stop_words": (),
+        "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
     settings: dict[str, Any] = {
         parameter: value,
         **({"temperature": 1.0, "top_p": 1.0} if parameter == "top_k" else {}),
