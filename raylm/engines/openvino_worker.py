@@ -112,7 +112,7 @@ class Worker:
         prefix_caching: Whether the pipeline keeps the KV cache of finished requests.
     """
 
-    def __init__(self, pipeline: Any, max_context: int, *, prefix_caching: bool) -> None:
+    def __init__(self, pipeline: Any, max_context: int, *, prefix_caching: bool = False) -> None:
         import openvino_genai as genai
 
         self._pipeline = pipeline

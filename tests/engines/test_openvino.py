@@ -121,14 +121,13 @@ async def test_penalties(engine: OpenVINOEngine) -> None:
             for penalty in ({}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0})
         ],
     )
-    most = [max(map(record.token_ids.count, record.token_ids)) for record in (plain, presence, frequency)]
-    assert most[0] == 16
-    assert max(most[1:]) < 16
-    assert presence.text != frequency.text
+    assert plain.text.count("one") == 16
+    assert presence.text.count("one") < 12
+    assert frequency.text.count("one") < 6
 
 
 async def test_seeds_of_copies(engine: OpenVINOEngine) -> None:
-    """Copies of a request in one batch differ by their seeds, and a seed gives the same text again in the same place."""
+    """Copies of a request in one batch differ by their seeds; the same batch gives the same texts again."""
     parameters = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": None, "ignore_eos": True}
     requests = [make_request(STORY, seed=seed, **parameters) for seed in range(6)]
     copies, again = await run_all(engine, requests), await run_all(engine, requests)
