@@ -451,7 +451,7 @@ _CONTRASTS = """() => {
     if (!hasText || !node.checkVisibility() || node.matches(":disabled, :disabled *")) continue;
     const [high, low] = [luminance(rgba(getComputedStyle(node).color)), luminance(behind(node))].sort((a, b) => b - a);
     const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < 4.5) found.push(`${node.className || node.tagName}: ${ratio.toFixed(2)}: ${node.textContent.slice(0, 30)}`);
+    if (ratio < 4.5) found.push(`${node.outerHTML.slice(0, 80)}: ${ratio.toFixed(2)}`);
   }
   return found;
 }"""
@@ -579,7 +579,7 @@ async def test_a_models_text_is_only_text(tab: Tab) -> None:
 
 async def test_scrolling_away_is_respected(start_tab: StartTab) -> None:
     """A growing answer stays in view, but not against a reader who has scrolled up."""
-    tab = await start_tab(width=900, height=420)
+    tab = await start_tab(width=1240, height=420)
     await tab.page.get_by_label("Model").select_option("simulated")
     await tab.setting("max_new_tokens", "5000")
     await tab.send("Count to a million")
@@ -632,7 +632,7 @@ async def test_the_clusters_state_is_live(tab: Tab) -> None:
 
 
 async def test_slots_in_trouble(tab: Tab) -> None:
-    """A slot that is down shows it with its deaths, failures are listed, and the chat warns that a message will wait."""
+    """A slot that is down shows so, failures are listed, and the chat warns that a message will wait."""
 
     def trouble(state: dict[str, Any]) -> None:
         for model in state["models"]:
@@ -739,8 +739,9 @@ async def test_without_a_key_the_page_says_so(start_tab: StartTab) -> None:
 
 
 async def test_events_may_be_cut_anywhere(tab: Tab) -> None:
-    """The parser of event streams gives the same events however the network cuts them, in the middle of a letter too."""
-    body = ': heartbeat\n\ndata: {"text": "\u00e4\U0001f600"}\n\nevent: error\r\ndata: one\r\ndata:two\r\n\r\ndata: cut off'
+    """Events are the same however the network cuts their bytes, in the middle of a letter too."""
+    message = 'data: {"text": "\u00e4\U0001f600"}\n\n'
+    body = f": heartbeat\n\n{message}event: error\r\ndata: one\r\ndata:two\r\n\r\ndata: cut off"
     events = await tab.page.evaluate(
         """async (body) => {
           const { serverSentEvents } = await import("./static/sse.js");

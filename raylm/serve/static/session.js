@@ -1,4 +1,4 @@
-// One session: a conversation that the server remembers. A turn that does not reach its end leaves the session as it was.
+// One session: a conversation that the server remembers. A turn that does not reach its end leaves no trace in it.
 
 import { Answer } from "./answer.js";
 import { cancelRequest, endSession, forkSession, loadSession, newId, streamChat } from "./api.js";

@@ -48,7 +48,7 @@ export class Settings {
   /** Show a session's model and system prompt among the models on offer. */
   show(models, session) {
     const names = models.map(({ id }) => id);
-    if (session.model && !names.includes(session.model)) names.push(session.model); // it was here when the session began
+    if (session.model && !names.includes(session.model)) names.push(session.model); // no longer served
     if (this.#offered !== names.join("\n")) {
       this.#offered = names.join("\n");
       this.#model.replaceChildren(...names.map((name) => element("option", { value: name }, name)));

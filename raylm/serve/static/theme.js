@@ -1,4 +1,4 @@
-// Applies the theme that was chosen here before; without one the system's preference holds. Runs before the first paint.
+// Applies the theme that was chosen here before; without one the system's holds. Runs before the first paint.
 "use strict";
 
 (() => {
