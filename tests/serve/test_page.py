@@ -1,13 +1,15 @@
 """The page, in a real browser: what a person sees and does there.
 
-What a healthy gateway does not do on demand (a full queue, a dead actor, a server that is away) is put in its place by
-the browser, in the words of the HTTP API; all else is the gateway's.
+What a healthy gateway does not do on demand (a full queue, a server that is away) is put in its place by the browser,
+in the words of the HTTP API; all else is the gateway's. The fixture `page_url` is the address of one on this machine that
+serves `simulated`, which is the simulated engine in two slots or more, and after it `smollm2-135m-instruct`.
 """
 
 import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,15 @@ async def test_a_simulated_answer_says_so(tab: Tab) -> None:
     await expect(slots.first).to_contain_text("simulated")
 
 
+async def test_a_model_answers(tab: Tab) -> None:
+    """What a language model says is what is shown, and the receipt names its engine."""
+    await tab.page.get_by_label("Model").select_option("smollm2-135m-instruct")
+    await tab.setting("max_new_tokens", "24")
+    await tab.setting("temperature", "0")
+    assert "Paris" in await tab.ask("What is the capital of France?")
+    await expect(tab.receipt).to_contain_text("openvino")
+
+
 async def test_the_second_turn_continues_the_session(tab: Tab) -> None:
     """Two turns are one session at the gateway, on the slot that it is pinned to."""
     await tab.setting("max_new_tokens", "10")
@@ -407,6 +418,7 @@ async def test_a_reload_keeps_the_sessions(tab: Tab) -> None:
     await tab.setting("max_new_tokens", "5")
     said = await tab.ask("Remember me")
     await tab.page.reload()
+    await expect(tab.page.get_by_text("live", exact=True)).to_be_visible()
     await expect(tab.log).to_contain_text("Remember me")
     await expect(tab.text).to_have_text(said.strip())
     await tab.ask("And on")
@@ -557,8 +569,25 @@ async def test_a_full_queue(tab: Tab) -> None:
     await expect(tab.answer).to_contain_text("Try again in 3 s.")
 
 
-async def test_a_move_is_seen(tab: Tab) -> None:
-    """An answer that lost its actor says so, and which slot went on with it."""
+async def test_an_answer_outlives_its_actor(tab: Tab) -> None:
+    """When the actor dies the text goes on to its end, the answer says that it has moved, and the slot shows the death."""
+    await tab.setting("max_new_tokens", "300")
+    async with tab.page.expect_response("**/stream_chat") as begun:
+        await tab.send("Outlive your actor")
+    number = int((await begun.value).headers["x-raylm-slot"])
+    await grown(tab.text, 0)
+    _, state = await tab.call("GET", "state")
+    slots = next(model["slots"] for model in state["models"] if model["name"] == "simulated")
+    os.kill(next(slot["pid"] for slot in slots if slot["slot"] == number), signal.SIGKILL)
+    await expect(tab.receipt).to_contain_text("moved:died", timeout=60_000)
+    await expect(tab.receipt).to_contain_text("300 out")
+    await expect(tab.answer).to_contain_text("Moved: its actor died")
+    slot = tab.page.get_by_role("region", name="simulated", exact=True).locator(".slot").nth(number)
+    await expect(slot).to_contain_text("death")
+
+
+async def test_a_move_is_explained(tab: Tab) -> None:
+    """An answer that has moved says why, and which slot went on with it."""
     receipt = {**RECEIPT, "why": "moved:died", "attempts": 2}
     await tab.answer_with({"status": 0, "text": "Whole", "n_tokens": 3, "receipt": receipt})
     await tab.ask("Hello")

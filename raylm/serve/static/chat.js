@@ -15,6 +15,7 @@ export class Chat {
   #number = 0;
   #models = [];
   #state = null;
+  #away = false;
   #tabs = new Map();
   #message = byId("message");
   #settings;
@@ -83,6 +84,7 @@ export class Chat {
   /** Take up the cluster's state, or null when the server cannot be reached. */
   showState(state) {
     this.#state = state;
+    this.#away = state === null;
     this.#showAdvice();
   }
 
@@ -227,7 +229,9 @@ export class Chat {
   #advice() {
     const session = this.#current;
     if (session.ended) return "This session has ended. Close it, or begin a new one.";
+    if (this.#away && this.#models.length === 0) return "Nothing can be sent yet: see Cluster.";
     if (this.#state === null) return "";
+    if (this.#models.length === 0) return "There is no model to talk to.";
     const model = this.#state.models.find(({ name }) => name === session.model);
     if (!model) return "";
     if (model.slots.some(({ state }) => state === "up" || state === "suspected")) return "";

@@ -69,8 +69,10 @@ export class Session {
 
   /** Scroll to the end and stay there. */
   follow() {
+    const changed = !this.#following;
     this.#following = true;
     this.grown();
+    if (changed) this.#onChange(this);
   }
 
   /** Keep the end in view, unless the reader has scrolled away from it. */
