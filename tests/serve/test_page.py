@@ -1,8 +1,7 @@
 """The page, in a real browser: what a person sees and does there.
 
 What a healthy gateway does not do on demand (a full queue, a server that is away) is put in its place by the browser,
-in the words of the HTTP API; all else is the gateway's. The fixture `page_url` is the address of one on this machine that
-serves `simulated`, which is the simulated engine in two slots or more, and after it `smollm2-135m-instruct`.
+in the words of the HTTP API; all else is the gateway's.
 """
 
 import json
@@ -10,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +26,8 @@ from playwright.async_api import (
     async_playwright,
     expect,
 )
+
+from tests.serve.command import serve_command
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -47,6 +48,16 @@ RECEIPT = {
     "engine_version": "0.1.0",
     "model": "simulated",
 }
+
+
+@pytest.fixture(scope="module")
+def page_url() -> Iterator[str]:
+    """The page of two gateways that serve the simulated engine in two slots, and the small model."""
+    simulated = {"kind": "simulated", "tokens_per_s": 50, "replicas": 2}
+    small = {"kind": "openvino", "path": "smollm2-135m-instruct"}
+    models = [{"name": "simulated", "engines": [simulated]}, {"name": "smollm2-135m-instruct", "engines": [small]}]
+    with serve_command({"models": models, "gateway": {"replicas": 2}}) as command:
+        yield f"{command.url}/"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -570,7 +581,7 @@ async def test_a_full_queue(tab: Tab) -> None:
 
 
 async def test_an_answer_outlives_its_actor(tab: Tab) -> None:
-    """When the actor dies the text goes on to its end, the answer says that it has moved, and the slot shows the death."""
+    """When the actor dies the text goes on to its end, the answer says that it has moved, and the slot that it died."""
     await tab.setting("max_new_tokens", "300")
     async with tab.page.expect_response("**/stream_chat") as begun:
         await tab.send("Outlive your actor")
