@@ -1,17 +1,20 @@
 # One command per chore. Everything lives in .venv, and for lmdeploy in .venv-lmdeploy; nothing outside this folder is
-# changed but the model cache.
+# changed but the model cache, and by system-deps the system.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LMDEPLOY_VENV := .venv-lmdeploy
 LMDEPLOY := $(LMDEPLOY_VENV)/bin/python
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+SYSTEM_DEPS := redis-server:redis-server chromium:chromium ip:iproute2 wrk:wrk
 BENCHMARKS := routing token_plane makespan pool_efficiency http_client triton
 
-.PHONY: help demo test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
+.PHONY: help demo system-deps test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
 
 help:
 	@echo "make demo    answer a batch and three chats with a small model on this machine's CPU"
+	@echo "make system-deps  install what tests and benchmarks run beside raylm, on Debian and Ubuntu"
 	@echo "make test    run all tests"
 	@echo "make test-lmdeploy  run the tests of the lmdeploy engines on CPU (installs 8 GB)"
 	@echo "make test-lmdeploy-regression  compare lmdeploy on CPU with transformers"
@@ -23,6 +26,18 @@ help:
 
 demo: $(VENV)/.runs
 	$(BIN)/raylm demo
+
+# Each is PROGRAM:PACKAGE; a package is installed where its program is missing.
+system-deps:
+	@missing=; PATH="$$PATH:/usr/sbin:/sbin"; \
+	for dep in $(SYSTEM_DEPS); do \
+		command -v $${dep%%:*} >/dev/null || missing="$$missing $${dep##*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get -o DPkg::Lock::Timeout=300 update && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+			apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $$missing; \
+	fi
 
 test: $(VENV)/.develops
 	$(BIN)/python -m pytest

@@ -64,7 +64,7 @@ class AsyncLMDeployPipeline(AsyncChatbot):
             `tp` are replaced by the arguments. A `SimulatedConfig` needs no model.
         address: Address of the Ray cluster; `local` starts one for this pipeline whatever else runs.
         pool_config: Limits and bounds of the pool.
-        session_config: Limits of the session store.
+        session_config: Where sessions are kept, and their limits.
 
     Raises:
         InvalidRequestError: a parameter is out of range.
@@ -177,7 +177,7 @@ class AsyncLMDeployServer(AsyncChatbot):
         backend_config: Further settings of the servers; the arguments above take the place of theirs.
         address: Address of the Ray cluster; `local` starts one for this chatbot whatever else runs.
         pool_config: Limits and bounds of the pool.
-        session_config: Limits of the session store.
+        session_config: Where sessions are kept, and their limits.
 
     Raises:
         InvalidRequestError: a parameter is out of range.
@@ -259,7 +259,7 @@ class AsyncLMDeployClient(AsyncChatbot):
         backend_config: Further settings of the clients; `url` is replaced by the argument.
         address: Address of the Ray cluster; `local` starts one for this chatbot whatever else runs.
         pool_config: Limits and bounds of the pool.
-        session_config: Limits of the session store.
+        session_config: Where sessions are kept, and their limits.
 
     Raises:
         InvalidRequestError: a parameter is out of range.
@@ -321,7 +321,7 @@ class AsyncTritonClient(AsyncChatbot):
         backend_config: Further settings of the clients, such as TLS; the arguments above take the place of theirs.
         address: Address of the Ray cluster; `local` starts one for this chatbot whatever else runs.
         pool_config: Limits and bounds of the pool.
-        session_config: Limits of the session store.
+        session_config: Where sessions are kept, and their limits.
 
     Raises:
         InvalidRequestError: a parameter is out of range.

@@ -62,7 +62,7 @@ class AsyncChatbot:
         stop_words: Text or texts that end the generation and are not part of it.
         address: Address of the Ray cluster; `local` starts one for this chatbot whatever else runs.
         pool_config: Limits and bounds of the pool.
-        session_config: Limits of the session store.
+        session_config: Where sessions are kept, and their limits.
 
     Raises:
         InvalidRequestError: a parameter is out of range.

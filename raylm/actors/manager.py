@@ -72,7 +72,7 @@ class PoolManager:
 
         Args:
             engines: Settings of each slot's engine.
-            sessions: Limits of the session store.
+            sessions: Where sessions are kept, and their limits.
             name: Of the pool, for actors that outlive this process. Those that exist under it are taken over.
 
         Raises:

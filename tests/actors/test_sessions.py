@@ -21,9 +21,10 @@ from raylm.actors.sessions import (
     connect_store,
     start_store,
 )
-from raylm.config import SessionConfig
+from raylm.chatbot import AsyncChatbot
+from raylm.config import SessionConfig, SimulatedConfig
 from raylm.errors import SessionBusyError, SessionError, SessionNotFoundError
-from raylm.messages import Message
+from raylm.messages import Message, Status
 from tests.actors.redis_server import RedisServer
 from tests.actors.session_stores import (
     ActorSessions,
@@ -322,6 +323,22 @@ async def test_the_settings_choose_the_store(cluster: str, redis_server: RedisSe
         await store.aclose()
         if actor is not None:
             ray.kill(actor)
+
+
+async def test_programs_share_sessions_in_redis(cluster: str, redis_server: RedisServer) -> None:
+    """Two programs whose settings name one database go on with each other's conversations."""
+    settings = {"session_config": SessionConfig(url=redis_server.url), "max_new_tokens": 5, "temperature": 0}
+    engine = SimulatedConfig(tokens_per_s=500)
+    async with AsyncChatbot([engine, engine], **settings) as first, AsyncChatbot([engine], **settings) as second:
+        async for status, text, _ in first.stream_chat("one", "s", sequence_end=False):
+            answers = [text] if status == Status.END else []
+        async for status, text, _ in second.stream_chat("two", "s", sequence_start=False, sequence_end=False):
+            answers += [text] if status == Status.END else []
+        history = await first.history("s")
+        assert [message["content"] for message in history] == ["one", answers[0], "two", answers[1]]
+        await second.end_session("s")
+        with pytest.raises(SessionNotFoundError):
+            await first.history("s")
 
 
 async def test_prefixes_keep_apart(redis_server: RedisServer) -> None:
