@@ -47,19 +47,19 @@ local function busy(key)
     return turn[1] and tonumber(turn[2]) > now and turn[1]
 end
 
-local function keep(key, id, ms)
+local function keep(key, ms)
     redis.call('PEXPIRE', key, ms)
-    redis.call('ZADD', KEYS[1], now + ms, id)
+    redis.call('ZADD', KEYS[1], now + ms, key)
 end
 
-local function forget(key, id)
-    redis.call('ZREM', KEYS[1], id)
+local function forget(key)
+    redis.call('ZREM', KEYS[1], key)
     return redis.call('DEL', key)
 end
 """
 
 _CLAIM = """
-local id, slot, turn, start, ttl_ms, turn_ms = unpack(ARGV)
+local slot, turn, start, ttl_ms, turn_ms = unpack(ARGV)
 local holder = busy(KEYS[2])
 if holder ~= turn then
     if holder then return {'busy'} end
@@ -70,17 +70,17 @@ if holder ~= turn then
 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return {'missing'} end
 redis.call('HSET', KEYS[2], 'turn', turn, 'ends', now + turn_ms)
-keep(KEYS[2], id, math.max(ttl_ms, turn_ms))
+keep(KEYS[2], math.max(ttl_ms, turn_ms))
 return {'ok', redis.call('HGETALL', KEYS[2])}
 """
 
 _APPEND = """
-local id, slot, turn, messages, ttl_ms = unpack(ARGV)
+local slot, turn, messages, ttl_ms = unpack(ARGV)
 local found = redis.call('HMGET', KEYS[2], 'turn', 'size')
 if found[1] == turn then
     redis.call('HSET', KEYS[2], found[2], messages, 'size', found[2] + 1, 'slot', slot, 'done:' .. turn, 1)
     redis.call('HDEL', KEYS[2], 'turn', 'ends')
-    keep(KEYS[2], id, tonumber(ttl_ms))
+    keep(KEYS[2], tonumber(ttl_ms))
 elseif redis.call('HEXISTS', KEYS[2], 'done:' .. turn) == 0 then
     return {'lost'}
 end
@@ -88,14 +88,14 @@ return {'ok'}
 """
 
 _RELEASE = """
-local id, turn, ttl_ms = unpack(ARGV)
+local turn, ttl_ms = unpack(ARGV)
 local found = redis.call('HMGET', KEYS[2], 'turn', 'size')
 if found[1] == turn then
     if found[2] == '0' then
-        forget(KEYS[2], id)
+        forget(KEYS[2])
     else
         redis.call('HDEL', KEYS[2], 'turn', 'ends')
-        keep(KEYS[2], id, tonumber(ttl_ms))
+        keep(KEYS[2], tonumber(ttl_ms))
     end
 end
 return {'ok'}
@@ -107,28 +107,27 @@ return {'ok', redis.call('HGETALL', KEYS[2])}
 """
 
 _END = """
-if forget(KEYS[2], ARGV[1]) == 0 then return {'missing'} end
+if forget(KEYS[2]) == 0 then return {'missing'} end
 return {'ok'}
 """
 
 # KEYS[3] is the new session.
 _FORK = """
-local new_id, ttl_ms = unpack(ARGV)
 if redis.call('EXISTS', KEYS[2]) == 0 then return {'missing'} end
 if busy(KEYS[2]) or busy(KEYS[3]) then return {'busy'} end
 if KEYS[2] ~= KEYS[3] then redis.call('COPY', KEYS[2], KEYS[3], 'REPLACE') end
 redis.call('HDEL', KEYS[3], 'turn', 'ends')
-keep(KEYS[3], new_id, tonumber(ttl_ms))
+keep(KEYS[3], tonumber(ARGV[1]))
 return {'ok'}
 """
 
 # KEYS[2] is a key of its own: the session has no transcript.
 _PIN = """
-local id, slot, moved_from, ttl_ms = unpack(ARGV)
+local slot, moved_from, ttl_ms = unpack(ARGV)
 local pinned = redis.call('GET', KEYS[2])
 if not pinned or pinned == moved_from then pinned = slot end
 redis.call('SET', KEYS[2], pinned)
-keep(KEYS[2], id, tonumber(ttl_ms))
+keep(KEYS[2], tonumber(ttl_ms))
 return {'ok', tonumber(pinned)}
 """
 
@@ -176,19 +175,17 @@ class RedisSessionStore:
 
     async def claim(self, session_id: str, slot: int, turn_id: str, *, start: bool) -> SessionState:
         """See `SessionStore.claim`."""
-        fields = await self._run(
-            _CLAIM, (session_id,), session_id, slot, turn_id, int(start), self._ttl_ms, self._turn_ms
-        )
+        fields = await self._run(_CLAIM, (session_id,), slot, turn_id, int(start), self._ttl_ms, self._turn_ms)
         return self._state(fields)
 
     async def append(self, session_id: str, turn_id: str, messages: Sequence[Message], slot: int) -> None:
         """See `SessionStore.append`."""
         blob = msgspec.msgpack.encode(messages)
-        await self._run(_APPEND, (session_id,), session_id, slot, turn_id, blob, self._ttl_ms)
+        await self._run(_APPEND, (session_id,), slot, turn_id, blob, self._ttl_ms)
 
     async def release(self, session_id: str, turn_id: str) -> None:
         """See `SessionStore.release`."""
-        await self._run(_RELEASE, (session_id,), session_id, turn_id, self._ttl_ms)
+        await self._run(_RELEASE, (session_id,), turn_id, self._ttl_ms)
 
     async def load(self, session_id: str) -> SessionState:
         """See `SessionStore.load`."""
@@ -196,16 +193,16 @@ class RedisSessionStore:
 
     async def end(self, session_id: str) -> None:
         """See `SessionStore.end`."""
-        await self._run(_END, (session_id,), session_id)
+        await self._run(_END, (session_id,))
 
     async def fork(self, session_id: str, new_session_id: str) -> None:
         """See `SessionStore.fork`."""
-        await self._run(_FORK, (session_id, new_session_id), new_session_id, self._ttl_ms)
+        await self._run(_FORK, (session_id, new_session_id), self._ttl_ms)
 
     async def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
         """See `SessionStore.pin`."""
         left = "" if moved_from is None else moved_from
-        pinned: int = await self._run(_PIN, (session_id,), session_id, slot, left, self._ttl_ms, kind="pin")
+        pinned: int = await self._run(_PIN, (session_id,), slot, left, self._ttl_ms, kind="pin")
         return pinned
 
     async def num_sessions(self) -> int:

@@ -21,6 +21,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -139,7 +140,7 @@ class SessionStore(Protocol):
         ...
 
 
-def start_store(config: SessionConfig, options: Mapping[str, Any]) -> Any | None:
+def start_store(config: SessionConfig, options: Mapping[str, Any] = MappingProxyType({})) -> Any | None:
     """Start the actor that keeps sessions in memory; returns its handle, or None where the settings name a database.
 
     Args:
@@ -546,9 +547,8 @@ class MemorySessionStore:
 
     def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
         """See `SessionStore.pin`."""
+        self._expire_pins()
         now = self._clock()
-        while self._pins and next(iter(self._pins.values()))[1] <= now - self._config.ttl_s:
-            self._pins.popitem(last=False)
         pinned, _ = self._pins.get(session_id, (slot, now))
         if pinned == moved_from:
             pinned = slot
@@ -561,6 +561,7 @@ class MemorySessionStore:
     def num_sessions(self) -> int:
         """See `SessionStore.num_sessions`."""
         self._expire()
+        self._expire_pins()
         return len(self._sessions) + len(self._pins)
 
     def _find(self, session_id: str) -> _Session:
@@ -630,6 +631,11 @@ class MemorySessionStore:
         oldest = self._clock() - self._config.ttl_s
         while (found := self._least_recent()) is not None and found[1].used_at <= oldest:
             self._remove(found[0])
+
+    def _expire_pins(self) -> None:
+        oldest = self._clock() - self._config.ttl_s
+        while self._pins and next(iter(self._pins.values()))[1] <= oldest:
+            self._pins.popitem(last=False)
 
     def _shrink(self) -> None:
         while len(self._sessions) > self._config.max_sessions or self._num_bytes > self._config.max_bytes:

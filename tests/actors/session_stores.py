@@ -56,6 +56,9 @@ class PlainSessionStore:
     async def fork(self, session_id: str, new_session_id: str) -> None:
         self._store.fork(session_id, new_session_id)
 
+    async def pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+        return self._store.pin(session_id, slot, moved_from=moved_from)
+
     async def num_sessions(self) -> int:
         return self._store.num_sessions()
 
@@ -140,6 +143,6 @@ class RedisSessions(Sessions):
                     for member in await database.zrange(key, 0, -1):
                         await database.zincrby(key, -ms, member)
                     continue
-                if await database.hexists(key, "ends"):
+                if await database.type(key) == b"hash" and await database.hexists(key, "ends"):
                     await database.hincrby(key, "ends", -ms)
                 await database.pexpire(key, await database.pttl(key) - ms)

@@ -312,6 +312,31 @@ async def test_a_fork_waits_for_no_turn(make_sessions: MakeSessions) -> None:
     await store.fork("s", "t")
 
 
+async def test_a_name_is_pinned_where_it_was_first(make_sessions: MakeSessions) -> None:
+    """A session that is a name alone stays in its first slot, until it has to leave that one."""
+    store, sessions = await make_sessions(SessionConfig(ttl_s=1000))
+    other = sessions.connect()
+    assert await store.pin("s", 3) == 3
+    assert await other.pin("s", 5) == 3
+    assert await store.pin("s", 4, moved_from=3) == 4
+    assert await other.pin("s", 5, moved_from=3) == 4  # which was moved meanwhile
+    assert await store.num_sessions() == 1
+    await sessions.wait(1000)
+    assert await store.num_sessions() == 0
+    assert await store.pin("s", 6) == 6
+
+
+async def test_a_name_is_no_transcript(make_sessions: MakeSessions) -> None:
+    """A session with a transcript and one that is a name alone do not meet, though they are called the same."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    assert await store.pin("s", 3) == 3
+    assert await store.num_sessions() == 2
+    await store.end("s")
+    assert await store.pin("s", 5) == 3
+    assert await store.num_sessions() == 1
+
+
 async def test_the_settings_choose_the_store(cluster: str, redis_server: RedisServer) -> None:
     """`connect_store` connects to the actor that `start_store` started, or to the database of the url."""
     for config in (SessionConfig(), SessionConfig(url=redis_server.url)):
@@ -438,6 +463,10 @@ def test_redis_does_what_memory_does(redis_server: RedisServer) -> None:
         def run(self, operation: Operation) -> None:
             memory, redis = [self.runner.run(outcome(store, operation)) for store in self.stores]
             assert memory == redis
+
+        @rule(session=SESSIONS, slot=SLOTS, moved_from=st.none() | SLOTS)
+        def pin(self, session: str, slot: int, moved_from: int | None) -> None:
+            self.run(lambda store: store.pin(session, slot, moved_from=moved_from))
 
         @rule(seconds=WAITS)
         def wait(self, seconds: float) -> None:
