@@ -29,35 +29,47 @@ def triton_config(model_name: str, *helpers: str) -> Iterator[EngineConfig]:
         yield TritonConfig(address=server.address, model_name=model_name, capacity=8, session_len=1024)
 
 
-CONFIGS: dict[str, Callable[[], AbstractContextManager[EngineConfig]]] = {
-    "simulated": lambda: nullcontext(SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024)),
-    "openvino": lambda: nullcontext(OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True)),
-    "http": http_config,
-    "triton-vllm": lambda: triton_config("vllm"),
-    "triton-ensemble": lambda: triton_config("ensemble"),
-    "triton-llmapi": lambda: triton_config("tensorrt_llm"),
-    "triton-turbomind": lambda: triton_config("turbomind", "preprocessing", "postprocessing"),
+@dataclass(frozen=True)
+class Subject:
+    """An engine that the conformance suite runs on. Greedy text must not depend on what else the engine works on.
+
+    Attributes:
+        config: Its settings, with what has to run around it.
+        refuses: What it cannot honour, and has to refuse by name. Tests that need it do not apply to this engine; any
+            other refusal is a failure.
+    """
+
+    config: Callable[[], AbstractContextManager[EngineConfig]]
+    refuses: frozenset[str] = frozenset()
+
+
+NOT_HTTP = frozenset({"echo", "top_logprobs", "presence_penalty", "frequency_penalty", "tokenize messages"})
+_NOT_TRITON = frozenset(
+    {"messages", "prompt_token_ids", "echo", "logprobs", "top_logprobs", "json_schema", "tokenize", "tokenize messages"}
+)
+_NO_PENALTY = frozenset({"presence_penalty", "frequency_penalty"})
+
+SUBJECTS: dict[str, Subject] = {
+    "simulated": Subject(
+        lambda: nullcontext(SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024)),
+        _NO_PENALTY | {"json_schema"},
+    ),
+    "openvino": Subject(
+        lambda: nullcontext(OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True)),
+        frozenset({"top_logprobs", "json_schema"}),
+    ),
+    "http": Subject(http_config, NOT_HTTP | {"json_schema"}),
+    "triton-vllm": Subject(lambda: triton_config("vllm"), _NOT_TRITON),
+    "triton-ensemble": Subject(lambda: triton_config("ensemble"), _NOT_TRITON | _NO_PENALTY),
+    "triton-llmapi": Subject(
+        lambda: triton_config("tensorrt_llm"), _NOT_TRITON | {"ignore_eos", "min_new_tokens", "repetition_penalty"}
+    ),
+    "triton-turbomind": Subject(
+        lambda: triton_config("turbomind", "preprocessing", "postprocessing"),
+        _NOT_TRITON | _NO_PENALTY | {"min_new_tokens"},
+    ),
 }
-"""The engines of the conformance suite by name; a new engine adds its settings here, with what has to run around it.
-Greedy text must not depend on what else the engine works on."""
-
-
-_TRITON = {"prompt_token_ids", "echo", "top_logprobs", "json_schema", "tokenize", "tokenize messages"}
-_REFUSED: dict[str, set[str]] = {
-    "simulated": {"presence_penalty", "frequency_penalty", "json_schema"},
-    "openvino": {"top_logprobs", "json_schema"},
-    "lmdeploy": set(),
-    "http": {"echo", "top_logprobs", "presence_penalty", "frequency_penalty", "json_schema", "tokenize messages"},
-    "vllm": _TRITON,
-    "ensemble": _TRITON | {"presence_penalty", "frequency_penalty"},
-    "tensorrt_llm": _TRITON,
-    "turbomind": _TRITON | {"presence_penalty", "frequency_penalty"},
-}
-
-
-def refused_by(config: EngineConfig) -> set[str]:
-    """Return what an engine of the conformance suite cannot honour, and has to refuse by name."""
-    return _REFUSED[config.model_name if isinstance(config, TritonConfig) else config.kind]
+"""The engines of the conformance suite by name; a new engine is added here."""
 
 
 Prompt = str | tuple[Message, ...] | tuple[int, ...]

@@ -1,12 +1,12 @@
 """The public conformance suite: what every engine must do, by the rules in `raylm/engines/base.py`.
 
-To run it on a new engine, add its settings to `CONFIGS` in `conftest.py`, and what it refuses to `_REFUSED`.
+To run it on a new engine, add it to `SUBJECTS` in `conftest.py`.
 """
 
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,32 @@ from raylm.config import EngineConfig
 from raylm.engines import build
 from raylm.engines.base import Emit, Engine
 from raylm.errors import ContextLengthError, EngineError, InvalidRequestError
-from raylm.messages import Delta, EngineInfo, GenerationConfig, Request
+from raylm.messages import Delta, EngineInfo, Request
 
-from .conftest import CONFIGS, Prompt, Record, ask, make_request, refused_by, run, run_all, until
+from .conftest import SUBJECTS, Prompt, Record, Subject, ask, make_request, run, run_all, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
 STORY = "Once upon a time"
-REFUSALS = tuple(f"{name}: " for name in ("messages", *GenerationConfig.__struct_fields__))
 TEXTS = [STORY, "The capital of France", "😀 🚀 😀 🚀 😀 🚀 😀", "你好世界 你好世界 你好", "مرحبا بالعالم مرحبا"]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def config(request: pytest.FixtureRequest) -> Iterator[EngineConfig]:
-    """The settings of each engine."""
-    with CONFIGS[request.param]() as config:
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """Each engine."""
+    return SUBJECTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def config(subject: Subject) -> Iterator[EngineConfig]:
+    """Its settings."""
+    with subject.config() as config:
         yield config
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def started(config: EngineConfig) -> AsyncIterator[tuple[Engine, EngineInfo]]:
-    """Each engine, started once."""
+    """The engine, started once."""
     engine = build(config)
     info = await engine.start()
     yield engine, info
@@ -47,35 +52,34 @@ async def started(config: EngineConfig) -> AsyncIterator[tuple[Engine, EngineInf
 
 
 class Asked:
-    """An engine, to which a test does not apply if the engine refuses a request with the name of a parameter.
+    """An engine, to which a test does not apply if it refuses a parameter that it is declared to refuse.
 
     One that refuses `ignore_eos` is asked without it: its model here has no end of sequence.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, refuses: Collection[str]) -> None:
         self._engine = engine
+        self._refuses = refuses
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     async def generate(self, request: Request, emit: Emit) -> None:
         """Generate, or skip the test."""
+        if request.config.ignore_eos and "ignore_eos" in self._refuses:
+            request = msgspec.structs.replace(request, config=request.config.updated({"ignore_eos": False}))
         try:
             await self._engine.generate(request, emit)
         except InvalidRequestError as error:
-            if str(error).startswith("ignore_eos: "):
-                config = request.config.updated({"ignore_eos": False})
-                await self.generate(msgspec.structs.replace(request, config=config), emit)
-                return
-            if request.messages != () and str(error).startswith(REFUSALS):
+            if request.messages != () and str(error).partition(": ")[0] in self._refuses:
                 pytest.skip(str(error))
             raise
 
 
 @pytest.fixture
-def engine(started: tuple[Engine, EngineInfo]) -> Engine:
+def engine(started: tuple[Engine, EngineInfo], subject: Subject) -> Engine:
     """An engine at work."""
-    return Asked(started[0])
+    return Asked(started[0], subject.refuses)
 
 
 @pytest.fixture
@@ -171,23 +175,29 @@ EXTRAS: list[tuple[str, dict[str, Any]]] = [
     ("presence_penalty", {"presence_penalty": 1.5}),
     ("frequency_penalty", {"frequency_penalty": 1.5}),
     ("json_schema", {"json_schema": SCHEMA}),
+    ("ignore_eos", {"ignore_eos": True}),
+    ("logprobs", {"logprobs": True}),
+    ("messages", {}),
+    ("min_new_tokens", {"min_new_tokens": 2}),
+    ("repetition_penalty", {"repetition_penalty": 1.1}),
+    ("seed", {"seed": 7, "temperature": 1.0}),
 ]
 
 
 @pytest.fixture
-def refused(config: EngineConfig) -> set[str]:
+def refused(subject: Subject) -> frozenset[str]:
     """What the engine refuses by name."""
-    return refused_by(config)
+    return subject.refuses
 
 
 @pytest.mark.parametrize(("name", "parameters"), EXTRAS, ids=[name for name, _ in EXTRAS])
 async def test_refusals(
-    started: tuple[Engine, EngineInfo], refused: set[str], name: str, parameters: dict[str, Any]
+    started: tuple[Engine, EngineInfo], refused: frozenset[str], name: str, parameters: dict[str, Any]
 ) -> None:
     """What an engine cannot honour is an error that names it; what it can is answered."""
     engine, _ = started
     record = Record()
-    request = make_request(STORY, max_new_tokens=4, **parameters)
+    request = make_request(ask(STORY) if name == "messages" else STORY, max_new_tokens=4, **parameters)
     if name in refused:
         named = "(top_)?logprobs" if name == "top_logprobs" else name
         with pytest.raises(InvalidRequestError, match=f"^{named}: "):
@@ -198,7 +208,7 @@ async def test_refusals(
         assert record.text
 
 
-async def test_tokenize(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+async def test_tokenize(started: tuple[Engine, EngineInfo], refused: frozenset[str]) -> None:
     """The tokens of a prompt are as many as a generation counts, those of the chat template included."""
     engine, _ = started
     prompts: dict[str, Prompt] = {"tokenize": STORY, "tokenize messages": ask("What is the capital of France?")}
@@ -215,7 +225,7 @@ async def test_tokenize(started: tuple[Engine, EngineInfo], refused: set[str]) -
         await engine.tokenize(make_request(""))
 
 
-async def test_prompt_token_ids(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+async def test_prompt_token_ids(started: tuple[Engine, EngineInfo], refused: frozenset[str]) -> None:
     """A prompt of token ids is answered as the text is that they came from, and continued like it."""
     engine, _ = started
     if "prompt_token_ids" in refused:
@@ -291,7 +301,7 @@ async def test_top_logprobs(engine: Engine) -> None:
         assert ranked[0][1] >= logprob - 1e-6
 
 
-async def test_json_schema(started: tuple[Engine, EngineInfo], refused: set[str]) -> None:
+async def test_json_schema(started: tuple[Engine, EngineInfo], refused: frozenset[str]) -> None:
     """The answer matches a JSON schema. One that is none is an error, and the engine goes on."""
     engine, _ = started
     if "json_schema" in refused:
@@ -486,11 +496,11 @@ def open_files() -> set[str]:
     return {f"{entry.name}: {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
 
 
-async def test_close(config: EngineConfig) -> None:
+async def test_close(config: EngineConfig, subject: Subject) -> None:
     """Closing fails what runs and leaves no task, thread, process or file behind; closing again does nothing."""
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
     children = set(psutil.Process().children(recursive=True))
-    engine = Asked(build(config))
+    engine = Asked(build(config), subject.refuses)
     await engine.start()
     record = Record()
     task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
