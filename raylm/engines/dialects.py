@@ -187,12 +187,18 @@ class Call:
         return Call(self.path, shown, encode=self.encode)
 
 
-def plan(server: Server, model: str, request: Request) -> Call:
+def plan(server: Server, model: str, request: Request, *, repeat: bool = True) -> Call:
     """Say `request` as `server` understands it.
 
     A raw prompt is continued by adding what was generated, token ids by adding those. A conversation is continued
-    within its last message where the server does that. Where it does not, the answer is generated again from its start,
-    and `Call.skip` is what the client has of it already.
+    within its last message where the server does that. Where it does not, or where that would be another answer, the
+    answer is generated again from its start, and `Call.skip` is what the client has of it already.
+
+    Args:
+        server: What it said of itself.
+        model: Which of its models.
+        request: What to generate.
+        repeat: Whether to generate again what could be continued, though not exactly.
 
     Raises:
         InvalidRequestError: the server cannot honour a parameter; the text names it.
@@ -202,6 +208,10 @@ def plan(server: Server, model: str, request: Request) -> Call:
     config, generated = request.config, request.generated
     if config.echo:
         raise InvalidRequestError("echo: raylm does not ask a server for the tokens of the prompt; leave it out")
+    if generated and repeat and _penalty_forgets(server, config) and _is_repeatable(config):
+        call = plan(server, model, msgspec.structs.replace(request, generated=None))
+        call.skip = generated.text
+        return call
     if request.messages is None:
         return _plan_raw(server, model, request)
     messages = [_message(message) for message in request.messages]
@@ -280,8 +290,21 @@ def ask_for_tokens(server: Server, model: str, request: Request) -> tuple[str, d
     raise InvalidRequestError(f"the server cannot count tokens of {what}; ask another engine")
 
 
+def _penalty_forgets(server: Server, config: GenerationConfig) -> bool:
+    """Return whether a continued answer would not be penalised for the tokens of its earlier attempt.
+
+    They are part of the prompt then, of which lmdeploy's PyTorch engine penalises none.
+    Source: lmdeploy 0.18.0, `pytorch.strategies.ar.sampling._gather_generated_ids`.
+    """
+    return server.kind == "lmdeploy" and config.repetition_penalty != 1
+
+
+def _is_repeatable(config: GenerationConfig) -> bool:
+    return config.greedy or config.seed is not None
+
+
 def _check_repeatable(config: GenerationConfig) -> None:
-    if not config.greedy and config.seed is None:
+    if not _is_repeatable(config):
         raise UpstreamError(
             "the answer could not be continued exactly: the server would begin it anew, and a sampled answer is "
             "another one each time. Set temperature to 0, a seed, or a meta_template, which makes messages one "

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import ssl
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -97,7 +98,11 @@ class _Generation:
         self._skip = call.skip
         self._num_tokens = call.num_before  # that came
         self._num_shown = generated.num_tokens  # ... and whose text is out
-        self._num_held = 0  # characters that the stop words hold back
+        self._held = ""  # text that the stop words have let go of, of a token that they have not
+        # Of each token whose text is not out: how much text is before its end, and the tokens and ids up to there.
+        self._ends: deque[tuple[int, int, int]] = deque()
+        self._num_fed = 0  # characters
+        self._num_emitted = 0
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._token_texts: list[str] = []  # of each of those, if the server tells
@@ -124,7 +129,6 @@ class _Generation:
         Raises:
             _DivergedError: the answer does not begin with what the client has already.
         """
-        shown = ""
         hit = False
         for piece in pieces:
             self._count(piece)
@@ -132,19 +136,29 @@ class _Generation:
                 if self._skip:
                     text = self._skip_over(text)
                 out, hit = self._stop_words.feed(text)
-                shown += out
+                self._held += out
                 if hit:
                     self._finish_reason = "stop"
                     break
-                self._num_held += len(text) - len(out)
-                if not self._num_held and not self._skip and self._num_tokens > self._num_shown:
-                    self._num_shown = self._num_tokens
-                    self._num_ids_shown = len(self._token_ids)
+                self._num_fed += len(text)
+                if not self._skip:
+                    self._ends.append((self._num_fed, self._num_tokens, len(self._token_ids)))
             if piece.finish_reason is not None:
                 self._finish_reason = piece.finish_reason
-        if shown:
-            self._emit(self._delta(shown, self._num_shown))
+        self._emit_whole_tokens()
         return hit
+
+    def _emit_whole_tokens(self) -> None:
+        """Emit the text up to the end of a token: cut within one, it would be continued with other tokens."""
+        end = self._num_emitted
+        while self._ends and self._ends[0][0] <= self._num_emitted + len(self._held):
+            end, num_tokens, self._num_ids_shown = self._ends.popleft()
+            self._num_shown = max(self._num_shown, num_tokens)
+        if end > self._num_emitted:
+            length = end - self._num_emitted
+            shown, self._held = self._held[:length], self._held[length:]
+            self._num_emitted = end
+            self._emit(self._delta(shown, self._num_shown))
 
     def _count(self, piece: Piece) -> None:
         counts = piece.usage
@@ -190,7 +204,7 @@ class _Generation:
             raise _DivergedError
         num_tokens = max(self._num_shown, self._num_tokens)
         self._num_ids_shown = len(self._token_ids)
-        last = self._delta(self._stop_words.flush(), num_tokens)
+        last = self._delta(self._held + self._stop_words.flush(), num_tokens)
         last.finish_reason = self._finish_reason
         prompt_tokens = max(0, usage.prompt_tokens - self._num_before)
         last.usage = Usage(prompt_tokens, num_tokens, usage.cached_tokens)
@@ -209,8 +223,9 @@ class HTTPEngine:
     a token. `Usage.prompt_tokens` is 0 at a server that never tells.
 
     An answer is continued from the text of its earlier attempt. It arrives at the greedy text of an undisturbed one
-    where the tokenizer cuts that text into the tokens that the model wrote, and where a repetition penalty, if there is
-    one, is for the prompt's tokens, too: those of the earlier attempt have become some of them.
+    where the tokenizer cuts that text into the tokens that the model wrote. One with a repetition penalty is generated
+    again from its start at a server of lmdeploy, which would not penalise the tokens of the earlier attempt; if it
+    begins otherwise then, it is continued all the same.
 
     Args:
         config: Which server and model.
@@ -313,7 +328,13 @@ class HTTPEngine:
                 usage = Usage(counts.prompt_tokens, num_tokens, counts.cached_tokens)
                 emit(Delta("", num_tokens, finish_reason="length", usage=usage))
             else:
-                await self._stream(call, _Generation(request, emit, call))
+                try:
+                    await self._stream(call, _Generation(request, emit, call))
+                except _DivergedError:  # before anything was emitted
+                    call = plan(server, self._model, request, repeat=False)
+                    if call.skip:
+                        raise
+                    await self._stream(call, _Generation(request, emit, call))
         self._breaker.succeed()
 
     async def _stream(self, call: Call, generation: _Generation) -> None:

@@ -568,6 +568,31 @@ async def test_messages_are_continued_where_the_server_can(start: Start) -> None
     assert toy.calls[-1][1]["messages"][-1]["role"] == "user"
 
 
+@pytest.mark.parametrize("prompt", [STORY, QUESTION], ids=["prompt", "messages"])
+async def test_penalised_answer_is_repeated(start: Start, prompt: str | tuple[Message, ...]) -> None:
+    """At lmdeploy, which penalises no token of a prompt, a penalised answer is generated again, and no text twice."""
+    toy, engine = await start()
+    parameters = {"max_new_tokens": 20, "repetition_penalty": 1.1}
+    whole = await run(engine, make_request(prompt, **parameters))
+    generated = whole.generated(4)
+    rest = await run(engine, make_request(prompt, generated, **parameters))
+    assert toy.calls[-1] == toy.calls[0]
+    assert (generated.text + rest.text, rest.usage) == (whole.text, whole.usage)
+    assert generated.token_ids + rest.token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("prompt", [STORY, QUESTION], ids=["prompt", "messages"])
+async def test_penalised_answer_that_begins_otherwise(start: Start, prompt: str | tuple[Message, ...]) -> None:
+    """A penalised answer that began elsewhere, and begins otherwise here, is continued from its text."""
+    toy, engine = await start()
+    generated = Generated("Something else", [], 2)
+    parameters = {"max_new_tokens": 20, "ignore_eos": True}
+    plain = await run(engine, make_request(prompt, generated, **parameters))
+    rest = await run(engine, make_request(prompt, generated, repetition_penalty=1.1, **parameters))
+    assert (rest.text, rest.usage) == (plain.text, plain.usage)
+    assert len(toy.calls) == 3
+
+
 @pytest.mark.parametrize("parameters", [{}, {"temperature": 1.0, "top_k": None}], ids=["greedy", "sampled"])
 async def test_answer_that_cannot_be_continued(start: Start, parameters: dict[str, object]) -> None:
     """An answer that would not go on with what the client has is an error, and shows nothing."""
