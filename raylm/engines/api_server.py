@@ -410,8 +410,10 @@ def arguments(config: APIServerConfig) -> list[str]:
     if backend == "pytorch" and config.tp > 1 and not on_cpu:
         # Its default, Ray, would ask this actor's cluster for GPUs that this actor holds.
         named["distributed_executor_backend"] = "mp"
+    # Without a mode the server tells none; its other engine needs no mode.
+    defaults = {"logprobs_mode": "raw_logprobs"} if backend == "pytorch" else {}
     found = []
-    for name, value in {**named, **config.options}.items():
+    for name, value in {**defaults, **named, **config.options}.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             found.append(flag)

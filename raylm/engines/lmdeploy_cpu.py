@@ -478,6 +478,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Its arguments; None takes this process's.
     """
+    # Threads that spin while they wait bring a machine with other work to its knees. Read as torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     install()
     from lmdeploy.cli import run
 
