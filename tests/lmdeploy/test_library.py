@@ -22,3 +22,30 @@ def test_conversion_happens_once(model_folder: str) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == model_folder
     assert Path(model_folder, "model.safetensors").stat().st_mtime_ns == written
     assert json.loads(Path(model_folder, "config.json").read_text())["dtype"] == "float32"
+
+
+DETOKENIZE = """
+import sys
+from lmdeploy.tokenizer import DetokenizeState, HuggingFaceTokenizer
+from raylm.engines.api_server_child import _keep_whole_characters
+
+_keep_whole_characters()
+tokenizer = HuggingFaceTokenizer(sys.argv[1])
+prompt = tokenizer.encode("Say it in Arabic:", False)
+ids = tokenizer.encode(" صفرات 😀 the end 🚀", False)[:-1]  # the last character is half
+for width in range(1, len(ids) + 1):
+    text, state = "", DetokenizeState(len(prompt))
+    for end in [*range(width, len(ids), width), len(ids)]:
+        new, state = tokenizer.detokenize_incrementally(prompt + ids[:end], state)
+        text += new
+    print(text)
+"""
+
+
+def test_no_whole_character_is_lost(model_folder: str) -> None:
+    """However many tokens come in a step, an api_server that raylm starts loses nothing but half a character."""
+    command = [sys.executable, "-c", DETOKENIZE, model_folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    texts = done.stdout.rstrip("\n").split("\n")
+    assert len(texts) > 5
+    assert {text.rstrip() for text in texts} == {" صفرات 😀 the end"}
