@@ -92,6 +92,7 @@ def serve() -> None:
     )
     if find_spec("lmdeploy") is not None:  # something else may stand in for it
         _keep_whole_characters()
+        _penalise_exactly()
     sys.argv[1:] = ["serve", "api_server", path, *command.arguments]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)
 
@@ -121,6 +122,31 @@ def _keep_whole_characters() -> None:
         return text, after
 
     HuggingFaceTokenizer.detokenize_incrementally = detokenize
+
+
+def _penalise_exactly() -> None:
+    """Have the server's repetition penalty depend on the answer alone, as that of the engine in process does.
+
+    The PyTorch engine's own depends on when a step is prepared: greedy text is not the same twice. See `Penalty`.
+
+    Source: lmdeploy 0.18.0, `serve.core.async_engine.AsyncEngine._determine_gen_config`.
+    """
+    from lmdeploy.serve.core import AsyncEngine
+
+    from raylm.engines.lmdeploy_worker import Penalty
+
+    determine = AsyncEngine._determine_gen_config
+
+    def determine_gen_config(self: Any, input_ids: Sequence[int], gen_config: Any = None) -> Any:
+        config = determine(self, input_ids, gen_config)
+        if self.backend == "pytorch" and config.repetition_penalty != 1:
+            padding_id = getattr(self.hf_cfg, "bos_token_id", None) or 0
+            penalty = Penalty(config.repetition_penalty, 0.0, 0.0, list(input_ids), 0, padding_id)
+            config.logits_processors = [*(config.logits_processors or ()), penalty]
+            config.repetition_penalty = 1.0
+        return config
+
+    AsyncEngine._determine_gen_config = determine_gen_config
 
 
 if __name__ == "__main__":

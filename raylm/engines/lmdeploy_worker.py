@@ -582,7 +582,7 @@ class Worker:
         if penalised and not self._turbomind:
             sampling.repetition_penalty = 1.0
             sampling.logits_processors = [
-                _Penalty(penalty, presence, frequency, input_ids, len(earlier_ids), self._padding_id)
+                Penalty(penalty, presence, frequency, input_ids, len(earlier_ids), self._padding_id)
             ]
         if config.json_schema is not None:
             if num_earlier:
@@ -622,7 +622,7 @@ class Worker:
             self._reports.flush()
 
 
-class _Penalty:
+class Penalty:
     """The penalties for the PyTorch engine, as a logits processor: on each token that was generated.
 
     The engine itself has a repetition penalty alone. That one is a token late where it prepares a step before the last
