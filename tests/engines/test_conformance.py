@@ -157,13 +157,14 @@ async def test_min_new_tokens(engine: Engine) -> None:
 
 
 async def test_logprobs(engine: Engine) -> None:
-    """Each token that is told has its log-probability when asked for, and none when not."""
+    """Each token that is told has its log-probability when asked for, and none when not; the text is the same."""
     record = await run(engine, make_request(STORY, max_new_tokens=8, logprobs=True))
     for delta in record.deltas:
         assert len(delta.logprobs) == len(delta.token_ids)
         assert all(logprob <= 0 for logprob in delta.logprobs)
     without = await run(engine, make_request(STORY, max_new_tokens=8))
     assert not any(delta.logprobs for delta in without.deltas)
+    assert without.text == record.text
 
 
 SCHEMA = """
@@ -316,7 +317,8 @@ async def test_json_schema(started: tuple[Engine, EngineInfo], refused: frozense
 
 async def test_stop_word_never_shows(engine: Engine) -> None:
     """The text ends before the stop word, and no part of it shows, over however many tokens it spans."""
-    text = (await run(engine, make_request(STORY, max_new_tokens=24, ignore_eos=True))).text
+    whole = await run(engine, make_request(STORY, max_new_tokens=24, ignore_eos=True))
+    text = whole.text
     words = [text[40 : 40 + width] for width in (1, 5, 14)]
     records = await run_all(
         engine, [make_request(STORY, max_new_tokens=24, ignore_eos=True, stop_words=[word, "#"]) for word in words]
@@ -325,6 +327,7 @@ async def test_stop_word_never_shows(engine: Engine) -> None:
         assert record.text == text[: text.find(word)]
         assert record.finish_reason == "stop"
         assert record.usage.completion_tokens <= 24
+        assert record.usage.prompt_tokens == whole.usage.prompt_tokens
 
 
 async def test_beginning_of_a_stop_word_shows_in_the_end(engine: Engine) -> None:

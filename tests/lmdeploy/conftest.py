@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylm.config import LMDeployConfig
+from raylm.config import APIServerConfig, LMDeployConfig
 from tests.engines.conftest import MODEL
 
 
@@ -30,6 +30,12 @@ def on_cpu(path: str = MODEL, **settings: object) -> LMDeployConfig:
         "start_attempts": 1,
     }
     return LMDeployConfig(path=path, device="cpu", **{**defaults, **settings})
+
+
+def server_on_cpu(path: str = MODEL, **settings: object) -> APIServerConfig:
+    """Return settings of a small api_server on CPU, on a free port."""
+    same = on_cpu(path).model_dump(exclude={"kind"})
+    return APIServerConfig(**(same | {"server_port": 0, "start_timeout_s": 240} | settings))
 
 
 def make_tiny_model(architecture: str, folder: Path) -> str:

@@ -1,0 +1,155 @@
+"""One pool over all that lmdeploy is here: in process, an api_server, and a client of one that runs already."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import psutil
+import pytest
+
+from raylm import Chatbot, HTTPConfig, Status
+from raylm.errors import SessionBusyError
+
+from .conftest import on_cpu, server_on_cpu
+
+pytestmark = pytest.mark.timeout(600)
+
+SMALL = {"session_len": 512, "max_batch_size": 4, "options": {"num_gpu_blocks": 40}}
+ROWS = [f"Chapter {row} begins" for row in range(12)]
+TURNS = ["What is the capital of France?", "And of Italy?"]
+
+
+class Server:
+    """An api_server that is nobody's child but this test's, on a free port."""
+
+    def __init__(self, folder: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "raylm.engines.lmdeploy_cpu", "serve", "api_server", folder]
+        options = {"backend": "pytorch", "device": "cpu", "session-len": 512, "max-batch-size": 4, "num-gpu-blocks": 40}
+        options |= {"server-name": "127.0.0.1", "server-port": port}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen([*command, *arguments], start_new_session=True)
+
+    def kill(self) -> None:
+        """Kill it, and the engine below it."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: str) -> Iterator[Server]:
+    """A server at work, or about to be."""
+    server = Server(model_folder)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def chatbot(cluster: str, server: Server) -> Iterator[Chatbot]:
+    """A pool of three members."""
+    engines = [
+        on_cpu(**SMALL),
+        server_on_cpu(**SMALL),
+        HTTPConfig(url=server.url, capacity=4, connect_timeout_s=240),  # it is still loading
+    ]
+    with Chatbot(engines, temperature=0, max_new_tokens=24) as chatbot:
+        yield chatbot
+
+
+def losses(chatbot: Chatbot, server: Server) -> list[Callable[[], None]]:
+    """Return how each member is lost, by slot."""
+
+    def actor(slot: int) -> psutil.Process:
+        return psutil.Process(chatbot.statistics().slots[slot].pid)
+
+    def kill_api_server() -> None:
+        (served,) = (child for child in actor(1).children(recursive=True) if child.cmdline()[-1:] == ["serve"])
+        served.kill()
+
+    return [lambda: actor(0).kill(), kill_api_server, server.kill]
+
+
+def pin(chatbot: Chatbot, session: str, slot: int) -> str:
+    """Return a session that goes to a slot."""
+    chatbot._chatbot.pool.router.pin(session, slot)
+    return session
+
+
+def ask(chatbot: Chatbot, session: str, turn: int, then: Callable[[], None] = lambda: None) -> str:
+    """Return the answer to a turn of a session; `then` happens at its first token."""
+    question = [{"role": "user", "content": TURNS[turn]}]
+    stream = chatbot.stream_chat(
+        question, session, sequence_start=turn == 0, sequence_end=False, ignore_eos=True, timeout=None
+    )
+    with closing(stream):
+        next(stream)
+        then()
+        *_, (status, text, num_tokens) = stream
+    assert (status, num_tokens) == (Status.END, 24)
+    return text
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"prompt": TURNS[0]}, {"messages": [{"role": "user", "content": TURNS[0]}]}], ids=["prompt", "messages"]
+)
+def test_members_answer_alike(chatbot: Chatbot, inputs: dict[str, object]) -> None:
+    """All members give a prompt, and messages, the same greedy text, and count the same tokens in them."""
+    request, pool = chatbot.request(**inputs), chatbot._chatbot.pool
+    sessions = [pin(chatbot, f"{next(iter(inputs))} {slot}", slot) for slot in range(3)]
+    answers = [chatbot._loop.run(pool.generate(request, session_id=session)) for session in sessions]
+    assert [answer.receipt.engine for answer in answers] == ["lmdeploy", "api_server", "http"]
+    assert len({(answer.text, answer.finish_reason, answer.usage.prompt_tokens) for answer in answers}) == 1
+    assert answers[0].text
+
+
+@pytest.mark.parametrize("slot", range(3), ids=["lmdeploy", "api_server", "http"])
+def test_two_clients_on_one_session(chatbot: Chatbot, slot: int) -> None:
+    """The second of two turns at once is refused; the first goes on undisturbed, and so does the session."""
+    session = pin(chatbot, f"shared {slot}", slot)
+
+    def intrude() -> None:
+        for turn in range(2):
+            with pytest.raises(SessionBusyError):
+                ask(chatbot, session, turn)
+
+    assert ask(chatbot, session, 0, intrude) == ask(chatbot, "its own", 0)
+    assert ask(chatbot, session, 1) == ask(chatbot, "its own", 1)
+
+
+@pytest.mark.parametrize("slot", range(3), ids=["lmdeploy", "api_server", "http"])
+def test_a_request_id_may_be_used_twice_at_once(chatbot: Chatbot, slot: int) -> None:
+    """A request id is a name for logs: two requests of one id are two requests."""
+    first, second = (chatbot.generate(row, ignore_eos=True) for row in ROWS[:2])
+    sessions = [pin(chatbot, f"{name} of {slot}", slot) for name in ("first", "second")]
+    with ThreadPoolExecutor() as threads:
+        both = [
+            threads.submit(chatbot.generate, row, session, "same", ignore_eos=True)
+            for row, session in zip(ROWS, sessions, strict=False)
+        ]
+        assert [answer.result() for answer in both] == [first, second]
+
+
+def test_each_member_is_lost_in_turn(chatbot: Chatbot, server: Server) -> None:
+    """Whichever member is lost, each row is answered once and a session goes on, both with the undisturbed text."""
+    rows = chatbot.generate(ROWS, ignore_eos=True, timeout=None)
+    turns = [ask(chatbot, "calm", turn) for turn in range(2)]
+    sessions = [pin(chatbot, f"on {slot}", slot) for slot in range(3)]
+    for session in sessions:
+        assert ask(chatbot, session, 0) == turns[0]
+    with ThreadPoolExecutor() as threads:
+        for session, lose in zip(sessions, losses(chatbot, server), strict=True):
+            num_moved = chatbot.statistics().num_moved
+            batch = threads.submit(chatbot.generate, ROWS, ignore_eos=True, timeout=None)
+            assert ask(chatbot, session, 1, lose) == turns[1]
+            assert batch.result() == rows
+            assert chatbot.statistics().num_moved > num_moved
+    assert chatbot.statistics().num_failed == 0
+    assert chatbot.statistics().slots[0].num_deaths == 1
