@@ -22,10 +22,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -91,62 +89,11 @@ def serve() -> None:
         argparse.ArgumentParser.__init__, allow_abbrev=False
     )
     if find_spec("lmdeploy") is not None:  # something else may stand in for it
-        _keep_whole_characters()
-        _penalise_exactly()
+        from raylm.engines.lmdeploy_worker import mend_server
+
+        mend_server()
     sys.argv[1:] = ["serve", "api_server", path, *command.arguments]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)
-
-
-def _keep_whole_characters() -> None:
-    """Have lmdeploy hold back half a character alone, and not with it all text that came in the same step.
-
-    On a busy server a step has many tokens, and what is held back in the last one is lost.
-
-    Source: lmdeploy 0.18.0, `tokenizer.HuggingFaceTokenizer.detokenize_incrementally`.
-    """
-    from lmdeploy.tokenizer import HuggingFaceTokenizer
-
-    whole_step = HuggingFaceTokenizer.detokenize_incrementally
-
-    def detokenize(self: Any, all_input_ids: Sequence[int], state: Any, **options: Any) -> tuple[str, Any]:
-        before, num_tokens = state.ids_offset, len(state.prev_tokens or ())
-        text, after = whole_step(self, all_input_ids, state, **options)
-        if text or len(all_input_ids) - before < 2:
-            return text, after
-        if state.prev_tokens is not None:
-            del state.prev_tokens[num_tokens:]  # which the step has added to
-        after = state
-        for end in range(before + 1, len(all_input_ids) + 1):
-            token_text, after = whole_step(self, all_input_ids[:end], after, **options)
-            text += token_text
-        return text, after
-
-    HuggingFaceTokenizer.detokenize_incrementally = detokenize
-
-
-def _penalise_exactly() -> None:
-    """Have the server's repetition penalty depend on the answer alone, as that of the engine in process does.
-
-    The PyTorch engine's own depends on when a step is prepared: greedy text is not the same twice. See `Penalty`.
-
-    Source: lmdeploy 0.18.0, `serve.core.async_engine.AsyncEngine._determine_gen_config`.
-    """
-    from lmdeploy.serve.core import AsyncEngine
-
-    from raylm.engines.lmdeploy_worker import Penalty
-
-    determine = AsyncEngine._determine_gen_config
-
-    def determine_gen_config(self: Any, input_ids: Sequence[int], gen_config: Any = None) -> Any:
-        config = determine(self, input_ids, gen_config)
-        if self.backend == "pytorch" and config.repetition_penalty != 1:
-            padding_id = getattr(self.hf_cfg, "bos_token_id", None) or 0
-            penalty = Penalty(config.repetition_penalty, 0.0, 0.0, list(input_ids), 0, padding_id)
-            config.logits_processors = [*(config.logits_processors or ()), penalty]
-            config.repetition_penalty = 1.0
-        return config
-
-    AsyncEngine._determine_gen_config = determine_gen_config
 
 
 if __name__ == "__main__":

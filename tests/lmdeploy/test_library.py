@@ -27,9 +27,9 @@ def test_conversion_happens_once(model_folder: str) -> None:
 DETOKENIZE = """
 import sys
 from lmdeploy.tokenizer import DetokenizeState, HuggingFaceTokenizer
-from raylm.engines.api_server_child import _keep_whole_characters
+from raylm.engines.lmdeploy_worker import mend_server
 
-_keep_whole_characters()
+mend_server()
 tokenizer = HuggingFaceTokenizer(sys.argv[1])
 prompt = tokenizer.encode("Say it in Arabic:", False)
 ids = tokenizer.encode(" صفرات 😀 the end 🚀", False)[:-1]  # the last character is half
