@@ -274,7 +274,7 @@ def main() -> None:
     quick = quick_asked(__doc__)
     with server() as address, local_cluster():
         figures = asyncio.run(run(address, 1, 32) if quick else run(address, 3, NUM_TOKENS))
-    publish("triton", figures)
+    publish("triton_client", figures)
 
 
 if __name__ == "__main__":
