@@ -5,7 +5,8 @@
     cancel(client, keys)       aborts requests
 
 One poll is in flight per client. While it is on its way, each request's deltas are merged into one, so under load calls
-get fewer and fuller by themselves, and idle a token waits for nothing. Messages are msgpack bytes.
+get fewer and fuller by themselves, and idle a token waits for nothing. With hundreds of requests a reply waits some
+milliseconds for company (`_MAX_REST_S`). Messages are msgpack bytes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ actor costs no more than this."""
 
 LEASE_S = 10.0
 """A client that has not polled for this long is gone; its requests are aborted."""
+
+_REST_PER_REQUEST_S = 40e-6
+_MAX_REST_S = 0.01
+"""Between two replies to a client there is at least this much time for each of its requests, up to that much.
+
+A reply costs about 0.6 ms of CPU in this process whatever is in it, nearly all of it Ray's. Of an engine whose requests
+have each a pace of their own, more would go to replies than to tokens. With few requests the wait is next to nothing.
+"""
 
 _MAX_EXPIRED = 1000
 """Clients that are still told that they were taken for lost, should they come back."""
@@ -107,9 +116,11 @@ class _Client:
         self.failures: list[tuple[int, ErrorMessage]] = []
         self.num_polls = 0  # in flight; the lease runs while there is none
         self.seen_at = time.monotonic()
+        self.told_at = 0.0  # when the latest delta left
 
     def collect(self, statistics: EngineStatistics) -> bytes:
         """Empty the mailbox into one message."""
+        self.told_at = time.monotonic()
         reply = PollReply([], [], self.failures, statistics)
         for work in self.dirty:
             if work.pending is not None:  # it may be here twice, once for its progress and once for its end
@@ -120,6 +131,12 @@ class _Client:
         self.failures = []
         self.ready.clear()
         return _encode(reply)
+
+    async def rest(self) -> None:
+        """Return when it is time for another reply."""
+        due_at = self.told_at + min(_MAX_REST_S, _REST_PER_REQUEST_S * len(self.work))
+        if (left_s := due_at - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     def send(self, work: _Work) -> None:
         """Have the next poll take a delta along."""
@@ -233,6 +250,7 @@ class EngineActor:
         try:
             async with asyncio.timeout(HEARTBEAT_S):
                 await client.ready.wait()
+            await client.rest()
         except TimeoutError:
             pass
         finally:

@@ -2,20 +2,23 @@
 
 One connection for each engine, one call for each request. Which of the dialects in `triton_dialects` a model speaks is
 found from its inputs, not from its name.
+
+The protocol's messages and methods are tritonclient's; gRPC is used without its client class, whose layers around each
+response cost more than what is done with the response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import numpy as np
-from tritonclient.grpc import model_config_pb2
-from tritonclient.grpc.aio import InferenceServerClient, InferInput
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.utils import triton_to_np_dtype
 
 from raylm.config import TritonConfig
 from raylm.engines.base import Emit
@@ -52,7 +55,7 @@ _CLOSE_S = 1.0  # for what gRPC leaves behind; calls of other engines may be amo
 _DRAIN_S = 2.0  # for the server to end a call after the last delta
 
 _CHANNEL = [
-    # These replace tritonclient's own, which let messages be as long as they like.
+    # As long as they like; gRPC's own limit is 4 MiB.
     ("grpc.max_send_message_length", 2**31 - 1),
     ("grpc.max_receive_message_length", 2**31 - 1),
     # gRPC's own pause grows to two minutes; a server that is back must be found at once.
@@ -102,11 +105,42 @@ Source: vLLM 0.10, TensorRT-LLM 1.2, Triton 2.51, gRPC 1.85.
 """
 
 
+class _Connection:
+    """A connection to a server. Belongs to the event loop that runs when it is made.
+
+    Attributes:
+        stub: The server's methods.
+        stream: `ModelStreamInfer`, called with one request. On the wire it is the same as that of the stub, for which
+            gRPC would need a task that sends the one request.
+
+    Raises:
+        OSError: a file for TLS cannot be read.
+    """
+
+    def __init__(self, config: TritonConfig) -> None:
+        if config.ssl:
+            files = (config.ca_file, config.key_file, config.certificate_file)
+            credentials = grpc.ssl_channel_credentials(*(file and Path(file).read_bytes() for file in files))
+            self._channel = grpc.aio.secure_channel(config.address, credentials, options=_CHANNEL)
+        else:
+            self._channel = grpc.aio.insecure_channel(config.address, options=_CHANNEL)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self.stream = self._channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    async def close(self) -> None:
+        """End it, and the calls that are under way."""
+        await self._channel.close()
+
+
 class _Watch:
     """Cancels a call when nothing was heard for too long.
 
     Args:
-        call: What `stream_infer` returned.
+        call: A call of gRPC.
         limit_s: How long that is.
 
     Attributes:
@@ -159,12 +193,12 @@ class TritonEngine:
     Args:
         config: Address, model and limits.
 
-    Source: tritonclient 2.73, `tritonclient.grpc.aio.InferenceServerClient`.
+    Source: tritonclient 2.73, `tritonclient.grpc.service_pb2_grpc.GRPCInferenceServiceStub`.
     """
 
     def __init__(self, config: TritonConfig) -> None:
         self._config = config
-        self._client: InferenceServerClient | None = None
+        self._connection: _Connection | None = None
         # Why nothing can be asked of the engine now; None when it works. Raised as a copy.
         self._down: EngineError | None = EngineError("the engine has not started; call start first")
         self._model: Model | None = None
@@ -188,15 +222,7 @@ class TritonEngine:
         config = self._config
         await self._disconnect()
         try:
-            # One for each event loop, made while the loop runs: it belongs to that loop.
-            self._client = InferenceServerClient(
-                config.address,
-                ssl=config.ssl,
-                root_certificates=config.ca_file,
-                private_key=config.key_file,
-                certificate_chain=config.certificate_file,
-                channel_args=_CHANNEL,
-            )
+            self._connection = _Connection(config)
         except OSError as error:
             raise EngineStartError(
                 f"cannot read a file for TLS: {error}; look at ca_file, key_file and certificate_file"
@@ -273,10 +299,10 @@ class TritonEngine:
         self._check_up()
         models = self._turbomind.models if self._turbomind is not None else (self._model,)
         try:
-            if not await self._control("is_server_live"):
+            if not await self._is_live():
                 raise UpstreamError(f"{self._where()} says that it is not live; look at its log")
             for model in models:
-                if model is not None and not await self._control("is_model_ready", model.name):
+                if model is not None and not await self._is_ready(model.name):
                     raise UpstreamError(f"{self._where()} has not loaded the model {model.name!r}; load it")
         except CallFailedError as error:
             raise UpstreamError(str(self._mapped(error))) from None
@@ -305,8 +331,10 @@ class TritonEngine:
         give_up_at = loop.time() + self._config.start_timeout_s
         while True:
             try:
-                if await self._control("is_server_live"):
-                    metadata = await self._control("get_server_metadata")
+                if await self._is_live():
+                    metadata = await self._ask(
+                        self._connected().stub.ServerMetadata, service_pb2.ServerMetadataRequest()
+                    )
                     return str(metadata.version)
                 reason = "it is not live"
             except CallFailedError as error:
@@ -332,10 +360,11 @@ class TritonEngine:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._config.start_timeout_s
         name = self._config.model_name
-        while not await self._control("is_model_ready", name):
-            index = {entry.name: entry for entry in (await self._control("get_model_repository_index")).models}
+        while not await self._is_ready(name):
+            listed = await self._ask(self._connected().stub.RepositoryIndex, service_pb2.RepositoryIndexRequest())
+            index = {entry.name: entry for entry in listed.models}
             # LMDeploy's repositories have one name for all models, and say in the configuration which one it is.
-            if "turbomind" in index and await self._control("is_model_ready", "turbomind"):
+            if "turbomind" in index and await self._is_ready("turbomind"):
                 turbomind = await self._describe("turbomind")
                 if turbomind.parameters.get("model_name") == name:
                     return await self._use_turbomind(turbomind)
@@ -360,7 +389,7 @@ class TritonEngine:
     async def _use_turbomind(self, model: Model) -> str:
         helpers = []
         for name, tensors in (("preprocessing", {"QUERY", "INPUT_ID"}), ("postprocessing", {"TOKENS_BATCH", "OUTPUT"})):
-            if not await self._control("is_model_ready", name):
+            if not await self._is_ready(name):
                 raise EngineStartError(f"{self._where()} has turbomind without {name}; load that model too")
             helpers.append(await self._describe(name))
             if not tensors <= helpers[-1].inputs.keys() | helpers[-1].outputs:
@@ -375,7 +404,7 @@ class TritonEngine:
         return "TurboMind"
 
     async def _describe(self, name: str) -> Model:
-        config = (await self._control("get_model_config", name)).config
+        config = (await self._ask(self._connected().stub.ModelConfig, service_pb2.ModelConfigRequest(name=name))).config
         return Model(
             name=name,
             inputs={each.name: (_datatype(each.data_type), tuple(each.dims)) for each in config.input},
@@ -438,28 +467,35 @@ class TritonEngine:
     # The errors below are raised outside `except`: the context of one that was raised inside would be a foreign error,
     # whose traceback keeps the connection, its sockets and gRPC's thread alive for as long as somebody keeps the error.
 
-    async def _control(self, method: str, *arguments: str) -> Any:
+    async def _is_live(self) -> bool:
+        return bool((await self._ask(self._connected().stub.ServerLive, service_pb2.ServerLiveRequest())).live)
+
+    async def _is_ready(self, model: str) -> bool:
+        request = service_pb2.ModelReadyRequest(name=model)
+        return bool((await self._ask(self._connected().stub.ModelReady, request)).ready)
+
+    async def _ask(self, method: Any, request: Any) -> Any:
         """Call the server for anything but inference."""
         try:
-            return await getattr(self._connected(), method)(*arguments, client_timeout=_CALL_TIMEOUT_S)
-        except (InferenceServerException, grpc.RpcError, grpc.aio.BaseError) as error:
+            return await method(request, timeout=_CALL_TIMEOUT_S)
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
             failure = self._failed(error)
         raise failure
 
     async def infer(self, model: Model, values: Values) -> Outputs:
         """Return the one response of a model that is not decoupled."""
         cancelling = _cancelling()
-        inputs = _pack(model, values)
+        request = _pack(model, values)
         try:
-            result = await self._connected().infer(model.name, inputs, client_timeout=self._config.idle_timeout_s)
-        except (InferenceServerException, grpc.RpcError, grpc.aio.BaseError) as error:
+            response = await self._connected().stub.ModelInfer(request, timeout=self._config.idle_timeout_s)
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
             failure = self._failed(error)
         except asyncio.CancelledError:
             if _cancelling() > cancelling:
                 raise
             failure = self._lost()
         else:
-            return _outputs(result.get_response())
+            return _outputs(response)
         raise failure
 
     async def stream(self, model: Model, values: Values, take: Take) -> None:
@@ -472,20 +508,19 @@ class TritonEngine:
         done = False
         names: list[str] = []
         cancelling = _cancelling()
-        request = {"model_name": model.name, "inputs": _pack(model, values)}
-        call = self._connected().stream_infer(_once(request))
+        call = self._connected().stream(_pack(model, values))
         watch = _Watch(call, self._config.idle_timeout_s)
         time = asyncio.get_running_loop().time
         try:
-            async for result, error in call:
+            async for answer in call:
                 watch.heard_at = time()
                 if done:
                     continue
-                if error is not None:
-                    failure = self._failed(error)
+                if answer.error_message:
+                    failure = CallFailedError(None, answer.error_message)
                     done = True
                 else:
-                    response = result.get_response()
+                    response = answer.infer_response
                     contents = response.raw_output_contents
                     if len(contents) != len(names):  # otherwise they are those of the response before
                         names = [tensor.name for tensor in response.outputs]
@@ -495,7 +530,7 @@ class TritonEngine:
                 if done:
                     watch.end_in(_DRAIN_S)
         except asyncio.CancelledError:
-            # tritonclient and gRPC raise it too, for a call that has died and for one that was closed.
+            # gRPC raises it too, for a call that has died and for one that was closed.
             if _cancelling() > cancelling:
                 raise
             if not done:
@@ -510,16 +545,16 @@ class TritonEngine:
         if failure is not None:
             raise failure
 
-    def _connected(self) -> InferenceServerClient:
-        if self._client is None:
+    def _connected(self) -> _Connection:
+        if self._connection is None:
             self._check_up()
-            raise AssertionError("unreachable: an engine that is up has a client")
-        return self._client
+            raise AssertionError("unreachable: an engine that is up has a connection")
+        return self._connection
 
     async def _disconnect(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
     # Errors
 
@@ -528,12 +563,9 @@ class TritonEngine:
             raise EngineError(self._down.message)  # a copy: one that several tasks raise would collect their tracebacks
 
     def _failed(self, error: Exception) -> Exception:
-        """Return what is in an error of tritonclient or gRPC, which have one of their own for each way to call."""
-        if self._down is not None and self._client is None:
+        """Return what is in an error of gRPC, which has one of its own for each way to call."""
+        if self._down is not None and self._connection is None:
             return EngineError(self._down.message)
-        if isinstance(error, InferenceServerException):
-            status = error.status()
-            return CallFailedError(status.removeprefix("StatusCode.") if status else None, error.message())
         if isinstance(error, grpc.aio.AioRpcError):
             return CallFailedError(error.code().name, error.details() or "")
         return CallFailedError("UNKNOWN", str(error) or type(error).__name__)
@@ -571,21 +603,21 @@ class TritonEngine:
         return STATUSES.get(error.status, ProtocolError)(text)
 
 
-async def _once(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    # Nothing here may fail: tritonclient would lose the error. It is all packed before.
-    yield request
-
-
-def _pack(model: Model, values: Values) -> Sequence[InferInput]:
-    """Return tensors with the type and shape that a model declares."""
-    packed = []
+def _pack(model: Model, values: Values) -> Any:
+    """Return a request whose tensors have the type and shape that a model declares."""
+    request = service_pb2.ModelInferRequest(model_name=model.name)
     for name, value in values.items():
         datatype, dims = model.inputs[name]
         array = np.array(value, dtype=triton_to_np_dtype(datatype))
         shape = (1,) * (len(dims) + model.batched - array.ndim) + array.shape
-        tensor = InferInput(name, list(shape), datatype)
-        packed.append(tensor.set_data_from_numpy(array.reshape(shape)))
-    return packed
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        content = b"".join(map(_with_length, value)) if datatype == "BYTES" else array.tobytes()
+        request.raw_input_contents.append(content)
+    return request
+
+
+def _with_length(text: bytes) -> bytes:
+    return len(text).to_bytes(4, "little") + text
 
 
 def _outputs(response: Any) -> Outputs:
