@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from raylm.actors.engine_actor import LEASE_S
@@ -105,6 +106,15 @@ async def test_a_bad_row_fails_alone(start_pool: StartPool) -> None:
         greedy_text("fine", 20),
         greedy_text("fine too", 20),
     ]
+
+
+async def test_requests_of_one_name_are_different_requests(start_pool: StartPool) -> None:
+    """A request id that is used again, even by requests that run at the same time, mixes nothing up."""
+    running = await start_pool(FAST)
+    prompts = [f"prompt {number}" for number in range(16)]
+    requests = [msgspec.structs.replace(ask(prompt, 12), request_id="same") for prompt in prompts]
+    completions = await asyncio.gather(*(running.pool.generate(request) for request in requests))
+    assert [completion.text for completion in completions] == [greedy_text(prompt, 12) for prompt in prompts]
 
 
 async def test_no_rows_no_answers(start_pool: StartPool) -> None:

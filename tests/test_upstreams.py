@@ -3,23 +3,61 @@
 import asyncio
 import os
 import signal
-from contextlib import AsyncExitStack
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
+import psutil
+import pytest
 from aiohttp import web
+from tritonclient.grpc.aio import InferenceServerClient
 
 from raylm.config import HTTPConfig, PoolConfig, SimulatedConfig, TritonConfig
+from raylm.engines.simulated import greedy_text as simulated_text
 from raylm.messages import Completion
 from raylm.pool import Pool
+from raylm.stream import Stream
 
 from .conftest import StartPool, ask
 from .engines.http_server import Toy
-from .engines.triton_server import TritonServer
+from .engines.triton_server import MODELS, TritonServer
+
+sys.path.append(str(MODELS / "lib"))
+from toy import greedy_text
 
 
 async def until_state(pool: Pool, slot: int, state: str) -> None:
     """Return when a slot is in a state."""
     while pool.statistics().slots[slot].state != state:
         await asyncio.sleep(0.02)
+
+
+async def until_tokens(stream: Stream, num_tokens: int) -> None:
+    """Read a stream until it has that many tokens."""
+    while stream.num_tokens < num_tokens:
+        await anext(stream)
+
+
+def running_slot(pool: Pool) -> int:
+    """Return the slot that works on the pool's one request."""
+    return next(slot.slot for slot in pool.statistics().slots if slot.num_running)
+
+
+@asynccontextmanager
+async def triton_server(**settings: Any) -> AsyncIterator[TritonServer]:
+    """A Triton server with the model `vllm`, started and stopped beside the loop."""
+    server = TritonServer(models=["vllm"], **settings)
+    await asyncio.to_thread(server.start)
+    try:
+        yield server
+    finally:
+        await asyncio.to_thread(server.__exit__, None, None, None)
+
+
+def of_triton(server: TritonServer, **settings: Any) -> TritonConfig:
+    """Return the settings of a client of a server."""
+    return TritonConfig(address=server.address, model_name="vllm", **settings)
 
 
 async def test_a_server_that_is_down_draws_no_requests(start_pool: StartPool) -> None:
@@ -115,3 +153,96 @@ async def test_a_mixed_pool_survives_each_member(start_pool: StartPool) -> None:
         assert len(rows) == 120
         assert all(completion.text and completion.usage.completion_tokens == 20 for completion in rows.values())
         assert {completion.receipt.engine for completion in rows.values()} == {"simulated", "http", "triton"}
+
+
+@pytest.mark.parametrize("loss", ["server", "back end"])
+async def test_a_text_is_whole_when_triton_dies_in_the_middle(start_pool: StartPool, loss: str) -> None:
+    """A Triton server that is killed in mid-stream, or whose back end is, costs no character: another one goes on."""
+    async with triton_server() as first, triton_server() as second:
+        servers = (first, second)
+        running = await start_pool(*(of_triton(server, idle_timeout_s=1) for server in servers))
+        prompt = "[[endless]] [[pace=0.05]] 😀 你好"
+        async with running.pool.stream(ask(prompt, 60)) as stream:
+            await until_tokens(stream, 5)
+            slot = running_slot(running.pool)
+            if loss == "server":
+                os.kill(servers[slot].pid, signal.SIGKILL)
+            else:
+                for child in psutil.Process(servers[slot].pid).children(recursive=True):
+                    child.kill()
+            completion = await stream.completion()
+    assert completion.text == greedy_text(prompt, 60)
+    assert (completion.usage.completion_tokens, completion.receipt.slot) == (60, 1 - slot)
+    assert (completion.receipt.why, completion.receipt.attempts) == ("moved:failed", 2)
+
+
+async def test_a_text_is_whole_when_an_http_server_dies_in_the_middle(start_pool: StartPool) -> None:
+    """An HTTP server that breaks off in mid-stream costs no character: another one goes on."""
+    async with AsyncExitStack() as up, Toy().running() as reference:
+        servers, sites = [Toy(tokens_per_s=20), Toy(tokens_per_s=20)], [AsyncExitStack(), AsyncExitStack()]
+        for server, site in zip(servers, sites, strict=True):
+            await up.enter_async_context(site)
+            await site.enter_async_context(server.running())
+        alone = await start_pool(HTTPConfig(url=reference.url))
+        whole = await alone.pool.generate(ask("😀 你好", 60, ignore_eos=True))
+        running = await start_pool(*(HTTPConfig(url=server.url) for server in servers))
+        async with running.pool.stream(ask("😀 你好", 60, ignore_eos=True)) as stream:
+            await until_tokens(stream, 5)
+            slot = running_slot(running.pool)
+            await sites[slot].aclose()
+            completion = await stream.completion()
+    assert (completion.text, completion.usage) == (whole.text, whole.usage)
+    assert (completion.receipt.why, completion.receipt.slot) == ("moved:failed", 1 - slot)
+
+
+async def test_triton_is_used_again_soon_after_it_is_back(start_pool: StartPool) -> None:
+    """A server that was down for seconds has its requests at most two seconds after it is back."""
+    async with triton_server() as server:
+        running = await start_pool(of_triton(server))
+        await asyncio.to_thread(server.stop)
+        waiting = asyncio.create_task(running.pool.generate(ask("[[endless]] go on", 2)))
+        await until_state(running.pool, 0, "suspected")
+        # Long enough for gRPC's pauses between two tries to have grown, had they not been limited.
+        _, pending = await asyncio.wait([waiting], timeout=6)
+        assert pending
+        await asyncio.to_thread(server.start)
+        async with asyncio.timeout(2):
+            completion = await waiting
+    assert completion.text == greedy_text("[[endless]] go on", 2)
+
+
+async def test_triton_that_is_down_at_the_start_is_waited_for(start_pool: StartPool) -> None:
+    """A pool with a server that is down starts when it is up, and not before."""
+    async with triton_server() as server:
+        await asyncio.to_thread(server.stop)
+        starting = asyncio.create_task(start_pool(of_triton(server)))
+        _, pending = await asyncio.wait([starting], timeout=3)
+        assert pending
+        await asyncio.to_thread(server.start)
+        running = await starting
+        completion = await running.pool.generate(ask("[[endless]] go on", 2))
+    assert completion.text == greedy_text("[[endless]] go on", 2)
+
+
+async def test_a_model_that_is_unloaded_under_load(start_pool: StartPool) -> None:
+    """Every row is answered while the model goes, and its server is used again when the model is back."""
+    async with triton_server() as server, InferenceServerClient(server.address) as control:
+        running = await start_pool(of_triton(server, capacity=8), SimulatedConfig(tokens_per_s=100, capacity=8))
+        pool = running.pool
+        rows: dict[int, Completion] = {}
+        requests = [ask(f"[[endless]] [[pace=0.02]] row {row}", 10) for row in range(80)]
+        async for row, result in pool.as_completed(requests):
+            assert isinstance(result, Completion), result
+            assert row not in rows
+            rows[row] = result
+            if len(rows) == 20:
+                await control.unload_model("vllm")
+        assert len(rows) == 80
+        for row, completion in rows.items():
+            if completion.receipt.attempts == 1:
+                text = greedy_text if completion.receipt.engine == "triton" else simulated_text
+                assert completion.text == text(requests[row].prompt, 10)
+        await control.load_model("vllm")
+        await until_state(pool, 0, "up")
+        results = await pool.generate_many([ask(f"[[endless]] row {row}", 5) for row in range(8)])
+        assert {result.receipt.slot for result in results if isinstance(result, Completion)} == {0, 1}

@@ -624,6 +624,15 @@ async def test_half_characters_and_half_lines(start: Start) -> None:
     assert (record.text, record.usage.completion_tokens) == ("你好 😀", 2)
 
 
+async def test_stop_word_in_half_characters(start: Start) -> None:
+    """A stop word that is split over events, and its characters over packets, ends the text before it."""
+    toy, engine = await start(Toy("vllm"))
+    whole = sse(chunk("你好 世"), chunk("界 "), chunk("😀"), chunk("🚀"), chunk("", "length")) + DONE
+    toy.script = [stream(*(whole[at : at + 1] for at in range(len(whole))))]
+    record = await run(engine, make_request(STORY, stop_words=["界 😀"]))
+    assert (record.text, record.finish_reason) == ("你好 世", "stop")
+
+
 async def test_gzip(start: Start) -> None:
     """A compressed answer is understood."""
     toy, engine = await start(Toy("vllm"))

@@ -364,6 +364,18 @@ async def test_stop_words(server: TritonServer, model: str, order: str) -> None:
             assert word not in "".join(delta.text for delta in record.deltas)
 
 
+@pytest.mark.parametrize("model", ["vllm", "ensemble", "accumulating", "tensorrt_llm", "turbomind", "unary"])
+async def test_stop_word_of_half_characters(server: TritonServer, model: str) -> None:
+    """A stop word ends the text though its characters come in halves: an emoji is two tokens."""
+    prompt = prompt_of("😀 🚀")
+    text = greedy_text(prompt, 40)
+    at = next(at for at, character in enumerate(text) if character in "😀🚀🌍" and at > 10)
+    word = text[at - 4 : at + 3]
+    async with connect(server, model) as engine:
+        record = await run(engine, make_request(prompt, max_new_tokens=40, stop_words=[word]))
+    assert (record.text, record.finish_reason) == (text.partition(word)[0], "stop")
+
+
 @pytest.mark.parametrize("model", ["unary", "echo"])
 async def test_one_response(server: TritonServer, model: str) -> None:
     """A model that is not decoupled answers at once, and an echo of the prompt is removed."""
@@ -863,6 +875,18 @@ async def test_two_requests_of_one_session(server: TritonServer) -> None:
         records = await asyncio.gather(*(run(engine, request) for request in requests))
     assert [record.text for record in records] == [greedy_text(prompt, 12) for prompt in prompts]
     assert not [line for line in server.journal()[num_lines:] if line["event"] == "refused"]
+
+
+async def test_two_clients_on_one_session(server: TritonServer) -> None:
+    """Sessions of one name at two clients of one server are different sequences there."""
+    prompts = [prompt_of(f"{STORY} {number}") for number in range(2)]
+    async with connect(server, "turbomind") as one, connect(server, "turbomind") as other:
+        for _ in range(2):
+            records = await asyncio.gather(
+                *(run(engine, turn(prompt)) for engine, prompt in zip((one, other), prompts, strict=True))
+            )
+            assert [record.text for record in records] == [greedy_text(prompt, 12) for prompt in prompts]
+            prompts = [f"{prompt}{record.text} and on" for prompt, record in zip(prompts, records, strict=True)]
 
 
 async def test_number_of_sessions(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
