@@ -10,10 +10,11 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 SYSTEM_DEPS := redis-server:redis-server chromium:chromium ip:iproute2 wrk:wrk
 BENCHMARKS := routing token_plane makespan pool_efficiency http_client triton_client endurance serving
 
-.PHONY: help demo system-deps test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
+.PHONY: help demo serve system-deps test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
 
 help:
 	@echo "make demo    answer a batch and three chats with a small model on this machine's CPU"
+	@echo "make serve   the same model over HTTP, at http://127.0.0.1:8000, until Ctrl-C"
 	@echo "make system-deps  install what tests and benchmarks run beside raylm, on Debian and Ubuntu"
 	@echo "make test    run all tests"
 	@echo "make test-lmdeploy  run the tests of the lmdeploy engines on CPU (installs 8 GB)"
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/.runs
 	$(BIN)/raylm demo
+
+serve: $(VENV)/.runs
+	$(BIN)/raylm serve
 
 # Each is PROGRAM:PACKAGE; a package is installed where its program is missing.
 system-deps:
