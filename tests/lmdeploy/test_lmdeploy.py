@@ -86,6 +86,21 @@ async def test_continuation_without_token_ids(engine: LMDeployEngine) -> None:
     assert rest.usage == whole.usage
 
 
+async def test_presence_and_frequency_penalty(engine: LMDeployEngine) -> None:
+    """A text that repeats a token over and over does so less with either, and is continued as if undisturbed."""
+    prompt = "Count: one, one, one, one, one, one,"
+    penalties: list[dict[str, float]] = [{}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}]
+    requests = [make_request(prompt, max_new_tokens=32, ignore_eos=True, **penalty) for penalty in penalties]
+    plain, presence, frequency = records = await run_all(engine, requests)
+    assert plain.text.count("one") == 16
+    assert presence.text.count("one") < 12
+    assert frequency.text.count("one") < 6
+    for penalty, whole in zip(penalties, records, strict=True):
+        part = whole.generated(20)
+        rest = await run(engine, make_request(prompt, part, max_new_tokens=32, ignore_eos=True, **penalty))
+        assert part.text + rest.text == whole.text
+
+
 async def test_samples_without_seed_differ(engine: LMDeployEngine) -> None:
     """Without a seed each request gets one of its own."""
     request = make_request(STORY, max_new_tokens=16, temperature=1.0, top_p=1.0, top_k=None)
@@ -101,8 +116,9 @@ async def test_samples_without_seed_differ(engine: LMDeployEngine) -> None:
         (Request(request_id="neither"), "empty"),
         (make_request(STORY, temperature=2.5), "temperature"),
         (make_request(STORY, Generated("", [10**6], 1)), "token ids"),
+        (make_request((504, 10**6)), "prompt_token_ids: 1000000 is no token"),
     ],
-    ids=["role", "unicode", "neither", "temperature", "token-id"],
+    ids=["role", "unicode", "neither", "temperature", "token-id", "prompt-token-id"],
 )
 async def test_invalid_requests(engine: LMDeployEngine, request_: Request, named: str) -> None:
     """What lmdeploy would pass over in silence, or die of, is an error that names it, and the engine goes on."""
