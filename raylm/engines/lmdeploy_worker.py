@@ -583,7 +583,7 @@ class Worker:
         if penalised and not self._turbomind:
             sampling.repetition_penalty = 1.0
             sampling.logits_processors = [
-                Penalty(penalty, presence, frequency, input_ids, len(earlier_ids), self._padding_id)
+                _Penalty(penalty, presence, frequency, input_ids, len(earlier_ids), self._padding_id)
             ]
         if config.json_schema is not None:
             if num_earlier:
@@ -623,7 +623,7 @@ class Worker:
             self._reports.flush()
 
 
-class Penalty:
+class _Penalty:
     """The penalties for the PyTorch engine, as a logits processor: on each token that was generated.
 
     The engine itself has a repetition penalty alone. That one is a token late where it prepares a step before the last
@@ -713,7 +713,7 @@ def _keep_whole_characters() -> None:
 def _penalise_exactly() -> None:
     """Have the server's repetition penalty depend on the answer alone, as that of the engine in process does.
 
-    The PyTorch engine's own depends on when a step is prepared: greedy text is not the same twice. See `Penalty`.
+    The PyTorch engine's own depends on when a step is prepared: greedy text is not the same twice. See `_Penalty`.
 
     Source: lmdeploy 0.18.0, `serve.core.async_engine.AsyncEngine._determine_gen_config`.
     """
@@ -725,7 +725,7 @@ def _penalise_exactly() -> None:
         config = determine(self, input_ids, gen_config)
         if self.backend == "pytorch" and config.repetition_penalty != 1:
             padding_id = getattr(self.hf_cfg, "bos_token_id", None) or 0
-            penalty = Penalty(config.repetition_penalty, 0.0, 0.0, list(input_ids), 0, padding_id)
+            penalty = _Penalty(config.repetition_penalty, 0.0, 0.0, list(input_ids), 0, padding_id)
             config.logits_processors = [*(config.logits_processors or ()), penalty]
             config.repetition_penalty = 1.0
         return config

@@ -7,7 +7,7 @@ import pytest
 from raylm.config import APIServerConfig, LMDeployConfig
 from raylm.engines.base import Engine
 from raylm.messages import EngineInfo
-from tests.engines.conftest import Subject, ask, make_request, run, run_all
+from tests.engines.conftest import NOT_HTTP, Subject, ask, make_request, run, run_all
 from tests.engines.test_conformance import *  # noqa: F403 - all of its tests and fixtures
 from tests.engines.test_conformance import cuts_of
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 SUBJECTS = {
     "lmdeploy": Subject(lambda: nullcontext(on_cpu())),
-    "api_server": Subject(lambda: nullcontext(server_on_cpu())),
+    "api_server": Subject(lambda: nullcontext(server_on_cpu()), NOT_HTTP),
 }
 
 
