@@ -16,6 +16,7 @@ from .engines.triton_server import TritonServer
 
 NUM_REQUESTS = 2000
 NUM_READERS = 48
+IDLE = {"clients": 1}
 
 
 async def answer(running: Running, num_requests: int) -> list[Completion]:
@@ -25,7 +26,7 @@ async def answer(running: Running, num_requests: int) -> list[Completion]:
 
     async def read() -> None:
         for number in numbers:
-            request = ask(f"[[endless]] request {number}", 2)
+            request = ask(f"request {number}", 2, ignore_eos=True)
             if number % 5:
                 completions.append(await running.pool.generate(request))
             else:
@@ -48,8 +49,8 @@ async def left_in(actor: Any) -> dict[str, int]:
                 len(client.dirty) + len(client.quiet) + len(client.failures) for client in self._clients.values()
             ),
             "running": self._engine.statistics().num_running,
-            # Ray has tasks there, too: the poll in flight is one.
-            "tasks": sum("raylm/engines" in task or "_AioCall" in task for task in tasks),
+            # Ray has tasks there, too, and the simulated engine's clock is one.
+            "tasks": sum("_AioCall" in task or ("raylm/engines" in task and "._tick" not in task) for task in tasks),
         }
 
     return await actor.__ray_call__.remote(count)  # type: ignore[no-any-return]
@@ -77,8 +78,9 @@ async def test_short_requests_leave_nothing_behind(start_pool: StartPool) -> Non
             while connections(pids[1], http_port):
                 await asyncio.sleep(0.1)
             # A request that was left ends at its server a moment later.
-            while any([sum((await left_in(actor)).values()) > 1 for actor in running.manager.actors]):
-                await asyncio.sleep(0.05)
+            for actor in running.manager.actors:
+                while {name: number for name, number in (await left_in(actor)).items() if number} != IDLE:
+                    await asyncio.sleep(0.05)
             return {
                 "threads": [psutil.Process(pid).num_threads() for pid in pids],
                 "pool's threads": threading.active_count(),
@@ -99,7 +101,7 @@ async def test_short_requests_leave_nothing_behind(start_pool: StartPool) -> Non
     assert after["links"] == [(0, 0, 0)] * 3
     assert after["waiting"] == (0, 0, 0)
     for left in after["actors"]:
-        assert left == {"clients": 1, "work": 0, "undelivered": 0, "running": 0, "tasks": 0}
+        assert left["clients"] == 1
     # The pools of threads of Ray and gRPC may grow by one late.
     assert all(after <= before + 2 for before, after in zip(before.pop("threads"), after.pop("threads"), strict=True))
     assert after == before
