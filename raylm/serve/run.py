@@ -70,6 +70,8 @@ def prepare_environment(proxy: Proxy) -> tuple[Literal["haproxy", "python"], str
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     # Serve waits so long (30 s by itself) for balancers in front to see that a gateway goes; streams have longer.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+    # A proxy that is not up after so long (5 s by itself) is ended, and Serve with it: a busy machine needs longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     return chosen, why
 
 
