@@ -168,11 +168,14 @@ class Pool:
 
         Args:
             number: The slot's number; stable across restarts of its actor.
-            actor: Handle of an `EngineActor`.
+            actor: Handle of an `EngineActor`. One that is in the slot already stays as it is.
 
         Returns:
             A future that is done when the slot is up, or carries the EngineStartError that kept it down.
         """
+        known = self._links.get(number)
+        if known is not None and known.actor == actor:
+            return known.settled
         link = self._links[number] = Link(self, number, actor)
         self._own(link.run())
         return link.settled
