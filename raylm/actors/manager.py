@@ -73,13 +73,15 @@ class PoolManager:
         Args:
             engines: Settings of each slot's engine.
             sessions: Where sessions are kept, and their limits.
-            name: Of the pool, for actors that outlive this process. Those that exist under it are taken over.
+            name: Of the pool, for actors that outlive this process. Those that exist under it are taken over as they
+                are, be they well, hanging, or in the middle of a restart.
 
         Raises:
             PlacementError: they do not fit, or the cluster is too busy to take them.
             NoActorError: one of their processes died, or the whole cluster did.
         """
-        for kind in {shape(config) for config in engines}:
+        taken_over = name is not None and _exist(name)
+        for kind in () if taken_over else {shape(config) for config in engines}:
             plan(nodes(), kind, sum(shape(config) == kind for config in engines))
         create = ray.remote(EngineActor)
         actors, groups = [], []
@@ -94,6 +96,8 @@ class PoolManager:
             actors.append(create.options(**options).remote(config.model_dump_json()))
         store = start_store(sessions, _named(name, "sessions"))
         manager = cls(actors, store, groups)
+        if taken_over:
+            return manager  # pools see to each slot by itself, and one that is down must not end the others
         try:
             async with asyncio.timeout(_PLACEMENT_TIMEOUT_S):
                 await asyncio.gather(*(actor.__ray_ready__.remote() for actor in manager._all()))
@@ -153,6 +157,12 @@ def _named(pool: str | None, part: str) -> dict[str, Any]:
     if pool is None:
         return {}
     return {"name": f"{pool}:{part}", "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+
+
+def _exist(pool: str) -> bool:
+    """Return whether an earlier process has left actors of that pool."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{pool}:slot-") for actor in actors)
 
 
 def _group(wanted: Shape, name: str | None) -> Any:
