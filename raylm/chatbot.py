@@ -130,7 +130,7 @@ class AsyncChatbot:
         except BaseException:
             await self.aclose()
             raise
-        self._conversations = Conversations(self._pool, self._store)
+        self._conversations = Conversations(self._pool, self._store, self._session_config.turn_timeout_s)
         return self
 
     async def aclose(self) -> None:

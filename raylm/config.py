@@ -225,14 +225,15 @@ class SessionConfig(_Config):
         url: Database that keeps them, `redis://host:port/number` or `rediss://...` for TLS, with a password as
             `redis://:password@host`. None keeps them in the memory of a Ray actor.
         ttl_s: A session that is idle for this long is forgotten.
-        turn_timeout_s: A turn that has not ended by then belongs to a client that is gone; the session is free again.
+        turn_timeout_s: A turn that has not been renewed for so long belongs to a process that is gone; the session is
+            free again. Processes renew their turns four times as often.
         max_sessions: The least recently used session makes room for one more. In memory only: a database has its own.
         max_bytes: Text of all transcripts together; the least recently used sessions make room. In memory only.
     """
 
     url: str | None = Field(default=None, pattern=r"^rediss?://", repr=False)
     ttl_s: PositiveFloat = 3600
-    turn_timeout_s: PositiveFloat = 3600
+    turn_timeout_s: PositiveFloat = 10
     max_sessions: int = Field(default=100_000, ge=1)
     max_bytes: int = Field(default=1 << 30, ge=1)
 

@@ -29,11 +29,15 @@ class Conversations:
     Args:
         pool: Answers the turns.
         store: Keeps the sessions.
+        turn_timeout_s: As in the store's `SessionConfig`; turns are renewed well before.
     """
 
-    def __init__(self, pool: Pool, store: SessionStore) -> None:
+    def __init__(self, pool: Pool, store: SessionStore, turn_timeout_s: float) -> None:
         self._pool = pool
         self._store = store
+        self._renew_s = turn_timeout_s / 4
+        self._turns: dict[str, str] = {}  # those in progress: the session of each
+        self._renewing: asyncio.Task[None] | None = None  # while there are any
 
     @asynccontextmanager
     async def turn(
@@ -82,6 +86,7 @@ class Conversations:
                 await self._give_back(session_id, turn_id)
             raise
         appended = False
+        self._begin(session_id, turn_id)
         try:
             router.pin(session_id, state.slot)
             transcript = state.messages + messages
@@ -97,6 +102,7 @@ class Conversations:
                     await self._store.append(session_id, turn_id, [*messages, answer], slot)
                     appended = True
         finally:
+            self._over(turn_id)
             if not appended:
                 await self._give_back(session_id, turn_id)
         if end:
@@ -164,6 +170,26 @@ class Conversations:
             SessionNotFoundError: there is no such session.
         """
         return await self._store.load(session_id)
+
+    def _begin(self, session_id: str, turn_id: str) -> None:
+        self._turns[turn_id] = session_id
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
+
+    def _over(self, turn_id: str) -> None:
+        del self._turns[turn_id]
+        if not self._turns and self._renewing is not None:
+            self._renewing.cancel()
+            self._renewing = None
+
+    async def _renew(self) -> None:
+        """Hold the sessions of all turns in progress: the store frees those of a process that is gone."""
+        while True:
+            await asyncio.sleep(self._renew_s)
+            try:
+                await self._store.renew(dict(self._turns))
+            except SessionStoreError as error:
+                _log.warning("%d turns were not renewed: %s", len(self._turns), error)
 
     async def _give_back(self, session_id: str, turn_id: str) -> None:
         """End a turn that is not to be remembered. Its own failure is what the caller must see, not the store's."""

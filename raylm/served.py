@@ -48,7 +48,7 @@ class ServedPool:
     def __init__(self, manager: Any, config: ModelConfig, pool: Pool, store: SessionStore) -> None:
         self.config = config
         self.pool = pool
-        self.conversations = Conversations(pool, store)
+        self.conversations = Conversations(pool, store, config.sessions.turn_timeout_s)
         self.template: MetaTemplate | None = named_template(config.meta_template)
         self._manager = manager
         self._store = store

@@ -61,6 +61,6 @@ async def start_pool(cluster: str) -> AsyncIterator[StartPool]:
                 await ready
             store = connect_store(SessionConfig(), manager.sessions, "raylm:test:")
             stack.push_async_callback(store.aclose)
-            return Running(pool, manager, Conversations(pool, store))
+            return Running(pool, manager, Conversations(pool, store, SessionConfig().turn_timeout_s))
 
         yield start

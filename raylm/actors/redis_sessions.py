@@ -9,7 +9,7 @@ server's clock. Scripts may run twice, when the reply to the first was lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -83,6 +83,19 @@ if found[1] == turn then
     keep(KEYS[2], tonumber(ttl_ms))
 elseif redis.call('HEXISTS', KEYS[2], 'done:' .. turn) == 0 then
     return {'lost'}
+end
+return {'ok'}
+"""
+
+# KEYS[3] and so on are more sessions.
+_RENEW = """
+local ttl_ms, turn_ms = unpack(ARGV, 1, 2)
+for number = 2, #KEYS do
+    local id, turn = unpack(ARGV, 2 * number - 1, 2 * number)
+    if redis.call('HGET', KEYS[number], 'turn') == turn then
+        redis.call('HSET', KEYS[number], 'ends', now + turn_ms)
+        keep(KEYS[number], id, math.max(ttl_ms, turn_ms))
+    end
 end
 return {'ok'}
 """
@@ -170,7 +183,7 @@ class RedisSessionStore:
         self._address = f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}"  # without the password
         self._client = redis.Redis.from_pool(connections)
         self._decode = msgspec.msgpack.Decoder(tuple[Message, ...]).decode
-        codes = (_CLAIM, _APPEND, _RELEASE, _LOAD, _END, _FORK, _PIN, _COUNT)
+        codes = (_CLAIM, _APPEND, _RENEW, _RELEASE, _LOAD, _END, _FORK, _PIN, _COUNT)
         self._scripts = {code: self._client.register_script(_COMMON + code) for code in codes}
 
     async def claim(self, session_id: str, slot: int, turn_id: str, *, start: bool) -> SessionState:
@@ -182,6 +195,11 @@ class RedisSessionStore:
         """See `SessionStore.append`."""
         blob = msgspec.msgpack.encode(messages)
         await self._run(_APPEND, (session_id,), slot, turn_id, blob, self._ttl_ms)
+
+    async def renew(self, turns: Mapping[str, str]) -> None:
+        """See `SessionStore.renew`."""
+        named = [name for turn_id, session_id in turns.items() for name in (session_id, turn_id)]
+        await self._run(_RENEW, tuple(turns.values()), self._ttl_ms, self._turn_ms, *named)
 
     async def release(self, session_id: str, turn_id: str) -> None:
         """See `SessionStore.release`."""

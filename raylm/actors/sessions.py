@@ -88,6 +88,14 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def renew(self, turns: Mapping[str, str]) -> None:
+        """Go on holding sessions for another `turn_timeout_s` from now.
+
+        Args:
+            turns: The session of each turn, by the turn's id. One that no longer holds its session is passed over.
+        """
+        ...
+
     async def release(self, session_id: str, turn_id: str) -> None:
         """Give up a turn, if it still holds the session.
 
@@ -233,6 +241,11 @@ class ActorSessionStore:
             await self._ask(lambda life: self._actor.append.remote(life, session_id, turn_id, tuple(messages), slot))
         )
 
+    async def renew(self, turns: Mapping[str, str]) -> None:
+        """See `SessionStore.renew`."""
+        await self._ask(lambda life: self._actor.renew.remote(life, turns))
+        self._held.renew(turns)
+
     async def release(self, session_id: str, turn_id: str) -> None:
         """See `SessionStore.release`."""
         record = await self._ask(lambda life: self._actor.release.remote(life, session_id, turn_id))
@@ -376,6 +389,11 @@ class SessionActor:
         await self._open(life)
         return self._store.append(session_id, turn_id, messages, slot)
 
+    async def renew(self, life: str, turns: Mapping[str, str]) -> None:
+        """See `SessionStore.renew`."""
+        await self._open(life)
+        self._store.renew(turns)
+
     async def release(self, life: str, session_id: str, turn_id: str) -> SessionRecord | None:
         """See `SessionStore.release`."""
         await self._open(life)
@@ -477,6 +495,17 @@ class MemorySessionStore:
         session.turn_id = None
         session.turn_ids += (turn_id,)
         return self._touch(session_id, session)
+
+    def renew(self, turns: Mapping[str, str]) -> None:
+        """See `SessionStore.renew`. Makes no new versions: pools renew what they hold as well."""
+        self._expire()
+        now = self._clock()
+        for turn_id, session_id in turns.items():
+            session = self._sessions.get(session_id)
+            if session is not None and session.turn_id == turn_id:
+                session.turn_ends_at = now + self._config.turn_timeout_s
+                session.used_at = now
+                self._sessions.move_to_end(session_id)
 
     def release(self, session_id: str, turn_id: str) -> SessionRecord | None:
         """See `SessionStore.release`. Returns None when the turn does not hold the session."""

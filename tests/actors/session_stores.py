@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -43,6 +43,9 @@ class PlainSessionStore:
 
     async def append(self, session_id: str, turn_id: str, messages: Sequence[Message], slot: int) -> None:
         self._store.append(session_id, turn_id, messages, slot)
+
+    async def renew(self, turns: Mapping[str, str]) -> None:
+        self._store.renew(turns)
 
     async def release(self, session_id: str, turn_id: str) -> None:
         self._store.release(session_id, turn_id)

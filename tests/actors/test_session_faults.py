@@ -21,7 +21,7 @@ from raylm.messages import GenerationConfig, Message, Request
 from tests.actors.redis_server import RedisServer
 from tests.conftest import StartPool
 
-CONFIG = SessionConfig()
+CONFIG = SessionConfig(turn_timeout_s=3600)
 
 
 async def pid_of(actor: Any) -> int:
@@ -254,7 +254,7 @@ async def test_a_cancelled_claim_holds_nothing(actor: Any, connect: Connect, sta
     running = await start_pool(SimulatedConfig())
     store = connect()
     await turn(store, "s", "one", start=True)
-    conversations = Conversations(running.pool, store)
+    conversations = Conversations(running.pool, store, CONFIG.turn_timeout_s)
     await kill(actor)
 
     async def take_turn() -> None:
@@ -268,6 +268,29 @@ async def test_a_cancelled_claim_holds_nothing(actor: Any, connect: Connect, sta
     with pytest.raises(asyncio.CancelledError):
         await task
     assert texts(await store.claim("s", 0, "three", start=False)) == ["one"]
+
+
+async def test_long_turns_hold_their_sessions(start_pool: StartPool) -> None:
+    """A turn holds its session for longer than `turn_timeout_s`, and a turn of a process that is gone does not."""
+    running = await start_pool(SimulatedConfig(tokens_per_s=50))
+    config = SessionConfig(turn_timeout_s=1)
+    actor = start_store(config)
+    mine, other = ActorSessionStore(actor, config), ActorSessionStore(actor, config)
+    await other.claim("gone", 0, "lost", start=True)
+    conversations = Conversations(running.pool, mine, config.turn_timeout_s)
+
+    def request(messages: tuple[Message, ...]) -> Request:
+        return Request(request_id="turn", messages=messages, config=GenerationConfig(max_new_tokens=150))
+
+    async with conversations.turn("s", (Message("user", "hi"),), request, start=True, end=False) as stream:
+        async for _ in stream:
+            with pytest.raises(SessionBusyError):
+                await other.claim("s", 0, "another", start=True)
+    assert len((await other.load("s")).messages) == 2
+    await other.claim("gone", 0, "next", start=True)
+    for store in (mine, other):
+        await store.aclose()
+    ray.kill(actor)
 
 
 @pytest.fixture

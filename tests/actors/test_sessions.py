@@ -3,7 +3,7 @@
 import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -250,6 +250,22 @@ async def test_a_turn_of_a_lost_client_times_out(make_sessions: MakeSessions) ->
         await store.append("s", "lost", [Message("user", "late")], 0)
 
 
+async def test_a_turn_that_is_renewed_goes_on(make_sessions: MakeSessions) -> None:
+    """`renew` has a turn hold its session, and the session live, for as long as a claim does."""
+    store, sessions = await make_sessions(SessionConfig(ttl_s=1000, turn_timeout_s=1000))
+    await store.claim("s", 0, "long", start=True)
+    await store.claim("other", 0, "lost", start=True)
+    for _ in range(3):
+        await sessions.wait(900)
+        await store.renew({"long": "s", "another": "other", "ended": "unknown"})
+    with pytest.raises(SessionBusyError):
+        await store.claim("s", 0, "next", start=False)
+    with pytest.raises(SessionNotFoundError):
+        await store.load("other")
+    await store.append("s", "long", HI, 0)
+    assert (await store.load("s")).messages == HI
+
+
 async def test_an_ended_session_is_gone(make_sessions: MakeSessions) -> None:
     """`end` forgets a session, also in the middle of a turn, which then has nowhere to go."""
     store, _ = await make_sessions()
@@ -428,6 +444,10 @@ class Operations(RuleBasedStateMachine):
         self.claim(session, slot, turn, start)
         self.append(session, slot, turn, text)
 
+    @rule(turns=st.dictionaries(TURNS, SESSIONS))
+    def renew(self, turns: dict[str, str]) -> None:
+        self.run(lambda store: store.renew(turns))
+
     @rule(session=SESSIONS, turn=TURNS)
     def release(self, session: str, turn: str) -> None:
         self.run(lambda store: store.release(session, turn))
@@ -510,6 +530,11 @@ class HeldByPools(PlainSessionStore):
 
     async def append(self, session_id: str, turn_id: str, messages: Any, slot: int) -> None:
         self.hold(self._store.append(session_id, turn_id, messages, slot))
+
+    async def renew(self, turns: Mapping[str, str]) -> None:
+        self._store.renew(turns)
+        for pool in self.pools:  # each turn's own one among them
+            pool.renew(turns)
 
     async def release(self, session_id: str, turn_id: str) -> None:
         if (record := self._store.release(session_id, turn_id)) is not None:
