@@ -243,6 +243,20 @@ def served_models() -> list[str]:
     return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
 
 
+async def served_config(model: str) -> ModelConfig | None:
+    """Return the settings of a served model, or None where its manager does not answer.
+
+    Raises:
+        ModelNotFoundError: no model of that name is served on this cluster.
+    """
+    manager = await asyncio.to_thread(find, model)
+    try:
+        async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+            return ModelConfig.model_validate_json(await manager.start.remote())
+    except (TimeoutError, ray.exceptions.RayError):
+        return None
+
+
 async def serve(config: ModelConfig) -> Any:
     """Return the handle of a model's manager, which is made where there is none.
 

@@ -141,6 +141,7 @@ class Endpoint:
         self._owns_serve = not _serve_runs()
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
+        asyncio.run(_end_outdated(self._config.models))
         try:
             serve.run(build_app(self._config), name=APP, route_prefix="/", blocking=False)
         except RayServeException as error:
@@ -199,6 +200,16 @@ def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> 
         endpoint.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+async def _end_outdated(models: tuple[ModelConfig, ...]) -> None:
+    """End what a command that was killed has left under these names, unless it is just what is wanted."""
+    from raylm.actors.manager_actor import end, served_config, served_models
+
+    left = set(await asyncio.to_thread(served_models))
+    for model in models:
+        if model.name in left and await served_config(model.name) != model:
+            await end(model.name)
 
 
 async def _wait_until_up(models: tuple[ModelConfig, ...]) -> None:
