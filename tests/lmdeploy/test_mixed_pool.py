@@ -102,7 +102,7 @@ def ask(chatbot: Chatbot, session: str, turn: int, then: Callable[[], None] = la
 )
 def test_members_answer_alike(chatbot: Chatbot, inputs: dict[str, object]) -> None:
     """All members give a prompt, and messages, the same greedy text, and count the same tokens in them."""
-    request, pool = chatbot.request(**inputs), chatbot._chatbot.pool
+    request, pool = chatbot._chatbot.request(**inputs), chatbot._chatbot.pool
     sessions = [pin(chatbot, f"{next(iter(inputs))} {slot}", slot) for slot in range(3)]
     answers = [chatbot._loop.run(pool.generate(request, session_id=session)) for session in sessions]
     assert [answer.receipt.engine for answer in answers] == ["lmdeploy", "api_server", "http"]
