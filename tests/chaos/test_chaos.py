@@ -1,0 +1,198 @@
+"""What breaks while 64 clients are being answered, and what they see of it: nothing, or an honest failure."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+
+import psutil
+import pytest
+
+from raylm.messages import Message
+from tests.chaos.clients import Ask, Conversation, Crowd, chat, completion
+from tests.chaos.conftest import GATEWAY, MANAGER, STORE, Chaos
+
+pytestmark = pytest.mark.timeout(400)
+
+
+async def test_engine_is_killed(chaos: Chaos) -> None:
+    """No answer suffers from the death of an engine's process."""
+    crowd, victim = await chaos.crowd(), await chaos.pid(1)
+    chaos.strike(victim)
+    recovered_s = await chaos.recovered(victim)
+    await crowd.all_right()
+    chaos.note(recovered_s, crowd)
+
+
+async def test_engine_process_is_stopped(chaos: Chaos) -> None:
+    """An engine's process that stands still is replaced, and no answer suffers."""
+    crowd, victim = await chaos.crowd(), await chaos.pid(2)
+    chaos.strike(victim, number=signal.SIGSTOP)
+    recovered_s = await chaos.recovered(victim)
+    await crowd.all_right()
+    chaos.note(recovered_s, crowd)
+
+
+async def test_engine_hangs(chaos: Chaos) -> None:
+    """An engine that gives no more tokens, in a process that still answers, is replaced, and no answer suffers."""
+    talk = await _session_in_slot(chaos, 0)
+    crowd, victim = await chaos.crowd(), await chaos.pid(0)
+    hanging = asyncio.create_task(talk.turn("hang here").run(chaos.http))
+    chaos.struck_at = time.monotonic()
+    recovered_s = await chaos.recovered(victim)
+    await crowd.all_right()
+    assert (await hanging).outcome == "right", hanging.result()
+    await talk.end(chaos.http)
+    chaos.note(recovered_s, crowd)
+
+
+async def test_gateway_is_killed(chaos: Chaos) -> None:
+    """The clients of a gateway that dies see it, and nobody else does. Its sessions go on at the other one."""
+    crowd = await chaos.crowd()
+    victim, survivor = await chaos.pids(GATEWAY)
+    at_victim, at_survivor = _num_connections(victim), _num_connections(survivor)
+    chaos.strike(victim)
+    await crowd.finish()
+    broken = [ask for ask in crowd.asks if ask.outcome != "right"]
+    print(f"{len(broken)} of {at_victim} connections broke, {at_survivor} were at the other gateway")
+    assert 0 < len(broken) <= at_victim
+    assert len(crowd.asks) - len(broken) <= at_survivor
+    await _settle_broken_turns(chaos, crowd)
+    await crowd.sessions_go_on()
+    chaos.note(await chaos.recovered(victim), crowd)
+
+
+async def test_manager_is_killed(chaos: Chaos) -> None:
+    """Nobody notices the death of the managers, and afterwards all is as it was."""
+    crowd, victims = await chaos.crowd(), await chaos.pids(MANAGER)
+    chaos.strike(*victims)
+    recovered_s = await chaos.recovered(*victims)
+    await crowd.all_right()
+    chaos.note(recovered_s, crowd)
+    await (await chaos.crowd(8)).all_right()
+
+
+async def test_manager_and_engine_are_killed(chaos: Chaos) -> None:
+    """The death of the managers together with an engine costs no other engine and no answer."""
+    before = [slot["pid"] for slot in (await chaos.state())["slots"]]
+    crowd, victims = await chaos.crowd(), [before[3], *await chaos.pids(MANAGER)]
+    chaos.strike(*victims)
+    recovered_s = await chaos.recovered(*victims)
+    await crowd.all_right()
+    after = [slot["pid"] for slot in (await chaos.state())["slots"]]
+    assert after[:3] == before[:3]
+    chaos.note(recovered_s, crowd)
+
+
+async def test_session_store_is_killed(chaos: Chaos) -> None:
+    """The death of the session store, in the middle of some turns and between others, costs no word of a session."""
+    crowd, victims = await chaos.crowd(), await chaos.pids(STORE)
+    chaos.strike(*victims)
+    fresh = Conversation("sim", "fresh")
+    await fresh.say(chaos.http, "begun while there is no store")
+    idle = crowd.conversations[-1]  # between two turns
+    await idle.say(chaos.http, "went on while there was no store")
+    recovered_s = await chaos.recovered(*victims)
+    await crowd.all_right()
+    await fresh.say(chaos.http, "and then?")
+    await fresh.end(chaos.http)
+    chaos.note(recovered_s, crowd)
+
+
+async def test_redis_is_killed(chaos: Chaos) -> None:
+    """While the sessions' database is away a turn is refused; when it is back it has every word."""
+    crowd = await chaos.crowd(model="kept")
+    began = time.monotonic()
+    chaos.redis.kill()
+    try:
+        refused = await crowd.conversations[-1].turn("is there a database?").run(chaos.http)
+    finally:
+        await asyncio.to_thread(chaos.redis.start)
+    away_s = time.monotonic() - began
+    assert (refused.outcome, refused.status) == ("refused", 503), refused
+    assert int(refused.headers["retry-after"]) >= 1
+    await crowd.all_right()
+    print(f"the database was away for {away_s:.1f} s")
+    chaos.note(away_s, crowd)
+
+
+async def test_queue_is_full(chaos: Chaos) -> None:
+    """What the queue has no room for is refused at once, and everything that was accepted is answered."""
+    asks = [chat("small", f"crowded {number}", 150) for number in range(64)]
+    await asyncio.gather(*(ask.run(chaos.http) for ask in asks))
+    accepted = [ask for ask in asks if ask.outcome == "right"]
+    refused = [ask for ask in asks if ask.outcome != "right"]
+    assert {ask.status for ask in refused} == {429}, refused
+    assert all(int(ask.headers["retry-after"]) >= 1 for ask in refused)
+    assert len(accepted) >= 2 * (4 + 8)  # two gateways, each with room for 4 and a queue of 8
+    assert max(ask.elapsed_s for ask in refused) < min(ask.elapsed_s for ask in accepted)
+
+
+async def test_clients_leave(chaos: Chaos) -> None:
+    """Clients that close their sockets free the engines at once, and disturb nobody."""
+    aborted = (await chaos.state())["num_aborted"]
+    crowd = await chaos.crowd(num_tokens=500)
+    whole = [_whole(chaos, f"whole {number}") for number in range(8)]
+    await _running(chaos, at_least=len(crowd.asks) + len(whole))
+    sockets = [*zip(crowd.tasks, crowd.asks, strict=True)]
+    # Turns of sessions stay: who leaves one wants no more of it.
+    leaving = random.Random(0).sample(sockets[len(sockets) // 3 :], 20)
+    for task in (*(task for task, _ in leaving), *whole):
+        task.cancel()
+    await asyncio.gather(*(task for task, _ in leaving), *whole, return_exceptions=True)
+    left_at = time.monotonic()
+    await _running(chaos, at_most=len(crowd.asks) - len(leaving))
+    print(f"{len(leaving) + len(whole)} requests were aborted within {time.monotonic() - left_at:.1f} s")
+    gone = {id(ask) for _, ask in leaving}
+    crowd.tasks = [task for task, ask in sockets if id(ask) not in gone]
+    crowd.asks = [ask for ask in crowd.asks if id(ask) not in gone]
+    assert not [ask for ask in crowd.asks if ask.outcome is not None], "over before the engines were seen to be free"
+    await crowd.all_right()
+    await chaos.idle()
+    assert (await chaos.state())["num_aborted"] == aborted + len(leaving) + len(whole)
+
+
+async def _session_in_slot(chaos: Chaos, slot: int) -> Conversation:
+    """Return a session that is pinned to a slot."""
+    for number in range(100):
+        talk = Conversation("sim", f"in-slot-{slot}-{number}")
+        ask = await talk.say(chaos.http, "hello")
+        if ask.headers["x-raylm-slot"] == str(slot):
+            return talk
+        await talk.end(chaos.http)
+    pytest.fail(f"no session gets to slot {slot}")
+
+
+async def _settle_broken_turns(chaos: Chaos, crowd: Crowd) -> None:
+    """Have each session know whether the turn that broke is in its transcript: all of it, or nothing."""
+    for talk, ask in crowd.turns:
+        if ask.outcome != "right":
+            stored = await talk.stored(chaos.http)
+            turn = [Message("user", ask.body["inputs"]), Message("assistant", ask.expected)]
+            assert stored in (talk.transcript, talk.transcript + turn)
+            talk.transcript = stored
+
+
+def _num_connections(pid: int) -> int:
+    """Return how many connections a gateway has taken and not closed."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    ports = {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+    return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports for one in connections)
+
+
+def _whole(chaos: Chaos, prompt: str) -> asyncio.Task[Ask]:
+    """Start a request whose answer comes in one piece."""
+    ask = completion("sim", prompt, 500)
+    ask.body["stream"] = False
+    return asyncio.create_task(ask.run(chaos.http))
+
+
+async def _running(chaos: Chaos, *, at_least: int = 0, at_most: int = 10**9) -> None:
+    """Wait until so many requests are in the engines."""
+    while True:
+        running = sum(slot["num_running"] for slot in (await chaos.state())["slots"])
+        if at_least <= running <= at_most:
+            return
+        await asyncio.sleep(0.05)
