@@ -20,7 +20,7 @@ from raylm.actors.manager_actor import Membership, find
 from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
-from raylm.errors import RaylmError
+from raylm.errors import NoActorError, RaylmError
 from raylm.pool import Pool
 from raylm.statistics import ModelState
 from raylm.template import MetaTemplate, named_template
@@ -92,17 +92,21 @@ class ServedPool:
         """Return what all pools of the model do.
 
         Raises:
-            ray.exceptions.RayActorError: the manager is being restarted.
+            NoActorError: the manager is being restarted.
         """
-        state = _decode_state(await self._manager.state.remote())
+        state = _decode_state(await _told(self._manager.state.remote()))
         state.num_sessions = await self.conversations.num_sessions()
         return state
 
     async def cancel(self, request_id: str) -> bool:
-        """Abort a request, here or in any other pool; return whether it was here."""
+        """Abort a request, here or in any other pool; return whether it was here.
+
+        Raises:
+            NoActorError: it is not here, and the manager is being restarted.
+        """
         if self.pool.cancel(request_id):
             return True
-        await self._manager.cancel.remote(request_id)
+        await _told(self._manager.cancel.remote(request_id))
         return False
 
     async def aclose(self) -> None:
@@ -158,3 +162,11 @@ class ServedPool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a served pool broke", "exception": error})
+
+
+async def _told(call: Any) -> Any:
+    """Return what the manager says, or raise what a client is to be told of its restart."""
+    try:
+        return await call
+    except ray.exceptions.RayActorError as error:
+        raise NoActorError("the manager is being restarted; try again", retry_after_s=1.0) from error

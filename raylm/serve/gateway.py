@@ -15,7 +15,6 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import msgspec
-import ray.exceptions
 from fastapi import FastAPI, Path
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
@@ -400,10 +399,7 @@ class Gateway:
         raise SessionNotFoundError(f"there is no session {session_id}")
 
     async def _states(self) -> list[Any]:
-        try:
-            return list(await asyncio.gather(*(served.state() for served in self._served.values())))
-        except ray.exceptions.RayActorError as error:
-            raise NoActorError("the manager is being restarted", retry_after_s=_RETRY_AFTER_S) from error
+        return list(await asyncio.gather(*(served.state() for served in self._served.values())))
 
 
 class _StatusStream(EventStream):
