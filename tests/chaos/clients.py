@@ -205,16 +205,19 @@ class Crowd:
     """Clients whose long answers are on their way at the same time: chats, completions, and turns of sessions.
 
     Attributes:
+        model: Who answers.
         asks: The long answers.
         turns: Those that are turns of sessions, with their sessions.
+        moves: How many attempts the model had lost before, by cause.
         conversations: These sessions, and others that are between two turns.
     """
 
     def __init__(self, http: aiohttp.ClientSession, model: str, name: str, num_tokens: int) -> None:
         self._http = http
-        self._model = model
+        self.model = model
         self._name = name
         self._num_tokens = num_tokens
+        self.moves: dict[str, int] = {}
         self.asks: list[Ask] = []
         self.conversations: list[Conversation] = []
         self.turns: list[tuple[Conversation, Ask]] = []
@@ -224,7 +227,7 @@ class Crowd:
         """Start `size` long answers; returns when all of them are live."""
         num_sessions = size // 3
         self.conversations = [
-            Conversation(self._model, f"{self._name}-{number}") for number in range(num_sessions + num_sessions // 2)
+            Conversation(self.model, f"{self._name}-{number}") for number in range(num_sessions + num_sessions // 2)
         ]
         for round_ in range(2):
             await asyncio.gather(*(talk.say(self._http, f"turn {round_}") for talk in self.conversations))
@@ -232,7 +235,7 @@ class Crowd:
         self.asks = [ask for _, ask in self.turns]
         for number in range(size - num_sessions):
             make = chat if number % 2 else completion
-            self.asks.append(make(self._model, f"{self._name} {number}", self._num_tokens))
+            self.asks.append(make(self.model, f"{self._name} {number}", self._num_tokens))
         self.tasks = [asyncio.create_task(ask.run(self._http)) for ask in self.asks]
         await asyncio.gather(*(ask.live.wait() for ask in self.asks))
         early = [ask for ask in self.asks if ask.outcome is not None]

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,7 @@ class Chaos:
     async def crowd(self, size: int = 64, *, model: str = "sim", num_tokens: int = LONG) -> Crowd:
         """Return a crowd whose long answers are on their way."""
         crowd = Crowd(self.http, model, f"{self._name}-{len(self._crowds)}", num_tokens)
+        crowd.moves = (await self.state(model))["moves"]
         self._crowds.append(crowd)
         await crowd.start(size)
         return crowd
@@ -122,11 +124,22 @@ class Chaos:
             assert time.monotonic() < deadline, f"leaked: running {running}, waiting {waiting}"
             await asyncio.sleep(0.2)
 
-    def note(self, recovered_s: float, crowd: Crowd | None = None) -> None:
-        """Take down, and print, how long it took until everything was up, and how long clients heard nothing."""
-        figures = {"recovered_s": round(recovered_s, 2)}
-        if crowd is not None:
-            figures["longest_silence_s"] = round(crowd.stall_s(self.struck_at), 2)
+    async def note(self, recovered_s: float, crowd: Crowd) -> None:
+        """Take down, and print, how long it took until all was up, and what of it reached the crowd's clients.
+
+        Args:
+            recovered_s: Seconds until everything was up.
+            crowd: Its answers have ended.
+        """
+        outcomes = Counter(ask.outcome for ask in crowd.asks)
+        moves = Counter((await self.state(crowd.model))["moves"])
+        moves.subtract(crowd.moves)
+        figures = {
+            "recovered_s": round(recovered_s, 2),
+            "longest_silence_s": round(crowd.stall_s(self.struck_at), 2),
+            "answers": dict(outcomes),
+            "moves": {cause: number for cause, number in moves.items() if number > 0},
+        }
         print(f"{self._name}: {figures}")
         RESULTS.parent.mkdir(exist_ok=True)
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
