@@ -234,6 +234,7 @@ class SimulatedEngine:
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         interval_s = 1 / self._config.tokens_per_s
+        ticked_at = loop.time()
         while True:
             if not self._streams:
                 self._work.clear()
