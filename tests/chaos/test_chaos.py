@@ -87,11 +87,13 @@ async def test_manager_is_killed(chaos: Chaos) -> None:
     await (await chaos.crowd(8)).all_right()
 
 
-async def test_manager_and_engine_are_killed(chaos: Chaos) -> None:
-    """The death of the managers together with an engine costs no other engine and no answer."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+async def test_manager_and_engine_at_once(chaos: Chaos, number: signal.Signals) -> None:
+    """The death of the managers, while an engine dies or hangs, costs no other engine and no answer."""
     before = [slot["pid"] for slot in (await chaos.state())["slots"]]
     crowd, victims = await chaos.crowd(), [before[3], *await chaos.pids(MANAGER)]
-    chaos.strike(*victims)
+    chaos.strike(before[3], number=number)
+    chaos.strike(*victims[1:])
     recovered_s = await chaos.recovered(*victims)
     await crowd.all_right()
     after = [slot["pid"] for slot in (await chaos.state())["slots"]]
