@@ -5,6 +5,9 @@ Subject. `raylm serve` in HAProxy mode: HAProxy, one gateway, one EngineActor.
 Baseline, on the same Serve with the same HAProxy, in alternating rounds: a FastAPI ingress deployment that streams from
 the handle of an engine deployment, one `StreamingResponse` a request, as Serve's own guide has it.
 
+Serve's own defaults hold for the baseline's replicas. `raylm serve` sets `RAY_SERVE_THROUGHPUT_OPTIMIZED`, so a second
+baseline has that too: the figures that end in `_optimized` are against it.
+
 Both have the simulated engine (a clock, not a model) at 50 tokens/s a stream, and both write one event of the same JSON
 for each token. The load is wrk's, with 256 connections that ask for streams of 100 tokens one after the other; streamed
 tokens/s are 256 * 100 / mean time of a stream.
@@ -23,8 +26,6 @@ answer their next turn right.
 
 The engine's own times are measured on the same engine, driven directly in this process. Needs wrk.
 """
-
-from __future__ import annotations
 
 import asyncio
 import json
@@ -45,6 +46,7 @@ import aiohttp
 import msgspec
 import psutil
 from harness import Figure, local_cluster, publish, quick_asked, say
+from pydantic import BaseModel
 
 from raylm.config import EngineConfig, OpenVINOConfig, ServeConfig, SimulatedConfig
 from raylm.engines import build
@@ -121,20 +123,29 @@ def chat_body(model: str, max_tokens: int, *, stream: bool, prompt: str = "quest
     return json.dumps(body)
 
 
-def baseline_app() -> Any:
-    """Return the usual design as a Serve application."""
+class BaselineBody(BaseModel):
+    """What the baseline takes."""
+
+    prompt: str
+    max_tokens: int
+
+
+def baseline_app(*, optimized: bool) -> Any:
+    """Return the usual design as a Serve application.
+
+    Args:
+        optimized: With Serve's settings for throughput.
+    """
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
-    from pydantic import BaseModel
     from ray import serve
 
     from raylm.engines.simulated import SimulatedEngine
 
-    class Body(BaseModel):
-        prompt: str
-        max_tokens: int
+    environment = {"env_vars": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": str(int(optimized))}}
+    options = {"num_cpus": 0, "runtime_env": environment}
 
-    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options=options)
     class Engine:
         def __init__(self) -> None:
             self._engine = SimulatedEngine(SimulatedConfig(tokens_per_s=RATE))
@@ -157,14 +168,14 @@ def baseline_app() -> Any:
 
     app = FastAPI()
 
-    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options=options)
     @serve.ingress(app)
     class Ingress:
         def __init__(self, engine: Any) -> None:
             self._engine = engine.options(stream=True)
 
         @app.post("/stream")
-        async def stream(self, body: Body) -> StreamingResponse:
+        async def stream(self, body: BaselineBody) -> StreamingResponse:
             async def events() -> AsyncIterator[str]:
                 async for text in self._engine.generate.remote(body.prompt, body.max_tokens):
                     choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
@@ -266,48 +277,59 @@ def serving(engines: list[EngineConfig], name: str, gateways: int = 1) -> Iterat
 
 
 def measure_streams(*, quick: bool) -> list[Figure]:
-    """Measure subject and baseline with the simulated engine."""
+    """Measure subject and baselines with the simulated engine."""
     rounds, duration_s = (1, 8) if quick else (3, 15)
     alone_s, beside_s = asyncio.run(engine_alone(NUM_STREAMS))
-    ours: list[Round] = []
-    theirs: list[Round] = []
+    found: dict[str, list[Round]] = {"raylm": [], "baseline": [], "optimized": []}
     with serving([SimulatedConfig(tokens_per_s=RATE)], "sim") as url:
         from ray import serve
 
-        serve.run(baseline_app(), name="baseline", route_prefix="/baseline")
-        chat, usual = f"{url}/v1/chat/completions", f"{url}/baseline/stream"
-        body = '{"prompt": "question %%d", "max_tokens": %d}'
-        Wrk(chat, chat_body("sim", 5, stream=True), 32, 2).result()
-        Wrk(usual, body % 5, 32, 2).result()
+        for name in ("baseline", "optimized"):
+            serve.run(baseline_app(optimized=name == "optimized"), name=name, route_prefix=f"/{name}")
+        chat, body = f"{url}/v1/chat/completions", '{"prompt": "question %%d", "max_tokens": %d}'
+        stream_body, probe_body = chat_body("sim", NUM_TOKENS, stream=True), chat_body("sim", 1, stream=True)
+        loads = {
+            "raylm": (chat, stream_body, chat, probe_body, duration_s),
+            **{
+                name: (f"{url}/{name}/stream", body % NUM_TOKENS, f"{url}/{name}/stream", body % 1, 2 * duration_s)
+                for name in ("baseline", "optimized")
+            },
+        }
+        for load in loads.values():
+            Wrk(load[2], load[3], 32, 2).result()  # so that everything is imported
         single = Wrk(chat, chat_body("sim", 1, stream=False), 1, 3 if quick else 10).result()
         for number in range(rounds):
-            stream_body, probe_body = chat_body("sim", NUM_TOKENS, stream=True), chat_body("sim", 1, stream=True)
-            ours.append(load_round(chat, stream_body, chat, probe_body, duration_s))
-            theirs.append(load_round(usual, body % NUM_TOKENS, usual, body % 1, 2 * duration_s))
-            say(f"round {number}: {ours[-1]} against {theirs[-1]}")
+            for name, load in loads.items():
+                found[name].append(load_round(*load))
+                say(f"round {number}, {name}: {found[name][-1]}")
 
-    def median(rounds: list[Round], name: str) -> float:
-        return statistics.median(getattr(found, name) for found in rounds)
+    def median(name: str, what: str) -> float:
+        return statistics.median(getattr(measured, what) for measured in found[name])
 
-    added_s = max(1e-4, median(ours, "ttft_s") - beside_s)
-    usual_added_s = max(1e-4, median(theirs, "ttft_s") - beside_s)
-    rate, usual_rate = median(ours, "tokens_per_s"), median(theirs, "tokens_per_s")
-    cpu_us, usual_cpu_us = median(ours, "cpu_us"), median(theirs, "cpu_us")
-    return [
-        Figure("stream_gain", rate / usual_rate, "", 3),
-        Figure("ttft_added_ratio", added_s / usual_added_s, "", 0.5, "lower"),
-        Figure("cpu_per_token_ratio", cpu_us / usual_cpu_us, "", 0.33, "lower"),
-        Figure("stream_stretch", median(ours, "stream_s") / (NUM_TOKENS / RATE), "", 1.1, "lower"),
+    def added_s(name: str) -> float:
+        return max(1e-4, median(name, "ttft_s") - beside_s)
+
+    figures = [
+        Figure("stream_stretch", median("raylm", "stream_s") / (NUM_TOKENS / RATE), "", 1.1, "lower"),
         Figure("added_p50_ms", (single.p50_s - alone_s) * 1e3, "ms", 2.5, "lower"),
-        Figure("stream_rate", rate, "tokens/s"),
-        Figure("baseline_stream_rate", usual_rate, "tokens/s"),
+        Figure("stream_rate", median("raylm", "tokens_per_s"), "tokens/s"),
         Figure("stream_rate_ideal", NUM_STREAMS * RATE, "tokens/s"),
-        Figure("ttft_added_ms", added_s * 1e3, "ms", None, "lower"),
-        Figure("baseline_ttft_added_ms", usual_added_s * 1e3, "ms", None, "lower"),
-        Figure("cpu_per_token_us", cpu_us, "us", None, "lower"),
-        Figure("baseline_cpu_per_token_us", usual_cpu_us, "us", None, "lower"),
-        Figure("baseline_stream_stretch", median(theirs, "stream_s") / (NUM_TOKENS / RATE), "", None, "lower"),
+        Figure("ttft_added_ms", added_s("raylm") * 1e3, "ms", None, "lower"),
+        Figure("cpu_per_token_us", median("raylm", "cpu_us"), "us", None, "lower"),
     ]
+    for name, suffix, bars in (("baseline", "", (3.0, 0.5, 0.33)), ("optimized", "_optimized", (None, None, None))):
+        gain = median("raylm", "tokens_per_s") / median(name, "tokens_per_s")
+        added = added_s("raylm") / added_s(name)
+        cpu = median("raylm", "cpu_us") / median(name, "cpu_us")
+        figures += [
+            Figure(f"stream_gain{suffix}", gain, "", bars[0]),
+            Figure(f"ttft_added_ratio{suffix}", added, "", bars[1], "lower"),
+            Figure(f"cpu_per_token_ratio{suffix}", cpu, "", bars[2], "lower"),
+            Figure(f"{name}_stream_rate", median(name, "tokens_per_s"), "tokens/s"),
+            Figure(f"{name}_ttft_added_ms", added_s(name) * 1e3, "ms", None, "lower"),
+            Figure(f"{name}_cpu_per_token_us", median(name, "cpu_us"), "us", None, "lower"),
+        ]
+    return figures
 
 
 DIRECT = """
@@ -353,7 +375,7 @@ def measure_real(*, quick: bool) -> list[Figure]:
             body = json.loads(chat_body(MODEL, NUM_TOKENS, stream=True, prompt="Tell me story %d.")) | {
                 "ignore_eos": True
             }
-            load = Wrk(f"{url}/v1/chat/completions", json.dumps(body), NUM_REAL_STREAMS, warm_s + window_s + 3)
+            load = Wrk(f"{url}/v1/chat/completions", json.dumps(body), NUM_REAL_STREAMS, warm_s + window_s + 10)
             over_http.append(asyncio.run(engine_rate(url, warm_s, window_s)))
             load.result()
         say(f"direct {direct[-1]:.0f} tokens/s, over HTTP {over_http[-1]:.0f}")
@@ -371,8 +393,11 @@ async def engine_rate(url: str, warm_s: float, window_s: float) -> float:
         async def num_tokens() -> int:
             async with client.get(f"{url}/state") as response:
                 state = await response.json()
-            return int(state["models"][0]["slots"][0]["engine"]["num_tokens"])
+            engine = state["models"][0]["slots"][0]["engine"]  # None until a gateway has heard of it
+            return int(engine["num_tokens"]) if engine else 0
 
+        while not await num_tokens():
+            await asyncio.sleep(0.1)
         await asyncio.sleep(warm_s)
         before, began = await num_tokens(), time.perf_counter()
         await asyncio.sleep(window_s)
