@@ -230,8 +230,11 @@ class Pool:
         if self._closed:
             raise NoActorError("the pool was closed")
         limit = self.config.max_queued
-        if limit is not None and self._num_waiting >= limit and not self.router.has_room():
-            raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
+        if limit is not None and self._num_waiting >= limit:
+            if self._dispatch_due:
+                self._dispatch()  # of many that come in one loop tick, only those that find no room wait
+            if self._num_waiting >= limit and not self.router.has_room():
+                raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
         if self._links and all(link.state == "failed" for link in self._links.values()):
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
         stream = Stream(self, request, lane, session_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -151,6 +152,18 @@ async def test_a_full_queue_refuses_at_once(start_pool: StartPool) -> None:
         running.pool.stream(ask("too many"))
     assert raised.value.retry_after_s is not None
     for stream in streams:
+        stream.abort()
+
+
+async def test_a_crowd_that_comes_at_once_is_counted(start_pool: StartPool) -> None:
+    """Of many requests in one moment, those are accepted that have room, and `max_queued` more."""
+    running = await start_pool(SimulatedConfig(capacity=4), config=PoolConfig(max_queued=8))
+    accepted = []
+    for number in range(64):
+        with suppress(PoolSaturatedError):
+            accepted.append(running.pool.stream(ask(str(number), 5000)))
+    assert len(accepted) == 4 + 8
+    for stream in accepted:
         stream.abort()
 
 
