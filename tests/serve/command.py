@@ -58,7 +58,7 @@ class ServeCommand:
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the living processes of this endpoint's cluster whose title has `title` in it, the oldest first.
 
-        Ray's titles: `ray::EngineActor`, `ray::ManagerActor`, `ray::MemorySessionStore`,
+        Ray's titles: `ray::EngineActor`, `ray::ManagerActor`, `ray::SessionActor`,
         `ray::ServeReplica:raylm:gateway`, `ray::HAProxyManager`, `ray::ProxyActor`; a method that runs comes after the
         class.
         """
@@ -117,10 +117,13 @@ def serve_command(
             yield served
         finally:
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            served.stop()
-            _, alive = psutil.wait_procs(children, timeout=15)
-            for child in alive:  # a test has broken what should have ended them
-                child.kill()
+            try:
+                served.stop()
+            finally:
+                _, alive = psutil.wait_procs(children, timeout=15)
+                for child in alive:  # a test has broken what should have ended them
+                    child.kill()
+                process.kill()
             if process.stderr is not None:
                 process.stderr.close()
 
