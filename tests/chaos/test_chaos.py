@@ -156,9 +156,9 @@ async def test_clients_leave(chaos: Chaos) -> None:
     for task in (*(task for task, _ in leaving), *whole):
         task.cancel()
     await asyncio.gather(*(task for task, _ in leaving), *whole, return_exceptions=True)
-    left_at = time.monotonic()
+    chaos.struck_at = time.monotonic()
     await _running(chaos, at_most=len(crowd.asks) - len(leaving))
-    print(f"{len(leaving) + len(whole)} requests were aborted within {time.monotonic() - left_at:.1f} s")
+    aborted_s = time.monotonic() - chaos.struck_at
     gone = {id(ask) for _, ask in leaving}
     crowd.tasks = [task for task, ask in sockets if id(ask) not in gone]
     crowd.asks = [ask for ask in crowd.asks if id(ask) not in gone]
@@ -166,6 +166,7 @@ async def test_clients_leave(chaos: Chaos) -> None:
     await crowd.all_right()
     await chaos.idle()
     assert (await chaos.state())["num_aborted"] == aborted + len(leaving) + len(whole)
+    await chaos.note(aborted_s, crowd)
 
 
 async def _session_in_slot(chaos: Chaos, slot: int) -> Conversation:
