@@ -246,9 +246,16 @@ class Pool:
         return stream
 
     def cancel(self, request_id: str) -> bool:
-        """Abort the requests of that id, also inside the engine; return whether there was one."""
+        """Abort the requests of that id, also inside the engine; return whether there was one.
+
+        The parts of a request, whose ids go on with `/` and a number, are aborted with it.
+        """
         running = [stream for link in self._links.values() for stream in link.streams.values()]
-        found = [stream for stream in [*self._waiting(), *running] if stream.request.request_id == request_id]
+        found = [
+            stream
+            for stream in [*self._waiting(), *running]
+            if stream.request.request_id == request_id or stream.request.request_id.startswith(f"{request_id}/")
+        ]
         for stream in found:
             stream.abort()
         return bool(found)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _ONE_READER = "a stream has one reader at a time"
 
+_MAX_TOKENS = 1 << 20
+"""What a request counts for at most: no context is longer, so a higher limit only means "until the end". The loads of
+all requests of a slot add up to something that fits a message."""
+
 
 class Stream:
     """The deltas of one request, in order: an async iterator, and an async context manager that aborts on exit.
@@ -72,7 +76,9 @@ class Stream:
         self._session_id = session_id
         # What the slot has to do for it. Four characters a token: good enough to compare loads.
         length = len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
-        self._tokens = length // 4 + len(request.prompt_token_ids or ()) + request.config.max_new_tokens
+        self._tokens = (
+            length // 4 + len(request.prompt_token_ids or ()) + min(request.config.max_new_tokens, _MAX_TOKENS)
+        )
         self._deltas: list[Delta] = []  # of all attempts; what an attempt of its own has to continue
         self._num_read = 0
         self._waiter: asyncio.Future[None] | None = None

@@ -52,7 +52,8 @@ def _log_to_stderr() -> None:
 
     logger = logging.getLogger("raylm")
     if not any(isinstance(handler.formatter, JSONLines) for handler in logger.handlers):
-        handler = logging.StreamHandler(sys.stderr)
+        # Not sys.stderr: Serve has put a buffer of a thousand lines there, which is lost with the process.
+        handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(JSONLines())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

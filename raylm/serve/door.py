@@ -24,10 +24,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raylm.config import GatewayConfig
 from raylm.errors import AuthenticationError, InvalidRequestError, RaylmError, RequestTooLargeError
-from raylm.serve.schema import error_body
+from raylm.messages import FinishReason, Receipt
+from raylm.serve.schema import BUG, error_body
 
-_OPEN_PATHS = ("/", "/health")
-"""Served without a key, and so is what the page needs."""
+_OPEN_PATHS = ("/", "/docs", "/health")
+"""Served without a key, and so is what the pages need."""
 
 _SESSION_HEADER = b"x-session-id"
 
@@ -37,6 +38,11 @@ facts: ContextVar[dict[str, Any]] = ContextVar("raylm_request")
 """What is known of the request that the current task works on; every line of log has it."""
 
 _log = logging.getLogger(__name__)
+
+
+def note(receipt: Receipt, finish_reason: FinishReason) -> None:
+    """Make how an answer came about part of the current request's lines of log."""
+    facts.get().update(slot=receipt.slot, why=receipt.why, attempts=receipt.attempts, finish=finish_reason)
 
 
 class Keys:
@@ -99,8 +105,8 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = _Visit(send, self._max_body_bytes, receive)
         about: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "http_request_id": uuid.uuid4().hex}
+        visit = _Visit(send, self._max_body_bytes, receive, about)
         token = facts.set(about)
         try:
             try:
@@ -110,7 +116,13 @@ class Door:
                 await response(scope, receive, visit.send)
                 return
             scope.setdefault("state", {})["session_id"] = session_id
-            await self._app(scope, visit.receive, visit.send)
+            try:
+                await self._app(scope, visit.receive, visit.send)
+            except Exception:
+                _log.exception("a request met an error of the gateway itself")
+                if visit.status:
+                    raise  # the server then cuts the connection, so that no half answer looks whole
+                await JSONResponse({"error": BUG}, BUG["code"])(scope, receive, visit.send)
         finally:
             about["status"] = visit.status or 499  # the client left before there was one
             about["num_bytes"] = visit.num_bytes
@@ -155,13 +167,14 @@ class Door:
 class _Visit:
     """One request on its way through the door."""
 
-    def __init__(self, send: Send, max_body_bytes: int, receive: Receive) -> None:
+    def __init__(self, send: Send, max_body_bytes: int, receive: Receive, about: dict[str, Any]) -> None:
         self.began = time.perf_counter()
         self.status = 0
         self.num_bytes = 0
         self._send = send
         self._receive = receive
         self._bytes_left = max_body_bytes
+        self._about = about
 
     async def send(self, message: Message) -> None:
         """Pass a part of the response on."""
@@ -169,7 +182,10 @@ class _Visit:
             self.num_bytes += len(message.get("body", b""))
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            message.setdefault("headers", []).extend(_SAFETY_HEADERS)
+            headers = message.setdefault("headers", [])
+            headers += _SAFETY_HEADERS
+            if "request_id" in self._about:
+                headers.append((b"x-raylm-request-id", self._about["request_id"].encode()))
         await self._send(message)
 
     async def receive(self) -> Message:

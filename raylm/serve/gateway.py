@@ -7,10 +7,11 @@ is in `door.py`.
 from __future__ import annotations
 
 import asyncio
-import logging
+import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache, partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -33,22 +35,34 @@ from raylm.errors import (
     ModelNotFoundError,
     NoActorError,
     RaylmError,
+    RequestTooLargeError,
     SessionNotFoundError,
 )
-from raylm.messages import Completion, GenerationConfig, Lane, Message, Request
-from raylm.serve.door import Door, facts
+from raylm.messages import Completion, GenerationConfig, Lane, Message, Request, Status
+from raylm.serve.document import describe
+from raylm.serve.door import Door, facts, note
 from raylm.serve.metrics import CONTENT_TYPE, render
 from raylm.serve.schema import (
+    MAX_INT,
+    Cancelled,
     ChatCompletionBody,
     ChatWire,
     CompletionBody,
     CompletionWire,
-    ErrorBody,
     ForkBody,
     GenerateBody,
+    Generated,
+    Health,
+    ModelCard,
+    ModelList,
+    SessionEnded,
+    SessionForked,
+    State,
     StreamChatBody,
     StreamChatWire,
     TokenizeBody,
+    Tokens,
+    Transcript,
     Wire,
     error_body,
     event,
@@ -56,6 +70,7 @@ from raylm.serve.schema import (
 )
 from raylm.serve.streams import EventStream, Turn
 from raylm.served import ServedPool
+from raylm.statistics import ModelState
 from raylm.stream import Stream
 
 _RETRY_AFTER_S = 1.0
@@ -64,12 +79,39 @@ _RETRY_AFTER_S = 1.0
 _RAW = "raw"
 """Role of the raw prompts in the transcript of a session that `/generate` keeps; the same as in `raylm.chatbot`."""
 
-_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong, and why."}}
-
-_log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
 
 SessionPath = Annotated[str, Path(min_length=1, max_length=200)]
+
+
+class _StrictRequest(HTTPRequest):
+    """A request whose body is JSON to the letter: what Python takes beyond it, engines and messages cannot hold."""
+
+    async def json(self) -> Any:
+        """Return the body.
+
+        Raises:
+            json.JSONDecodeError: it is not JSON, or has half a character, or numbers out of range, or is too deep.
+        """
+        body = await self.body()
+        try:
+            return _decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+class _StrictRoute(APIRoute):
+    """A route that takes strict JSON."""
+
+    def get_route_handler(self) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: HTTPRequest) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
 
 
 class JSON(Response):
@@ -108,22 +150,13 @@ class Gateway:
 
     async def models(self) -> Response:
         """List the models that are served."""
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "raylm",
-                "max_model_len": served.pool.max_context,
-            }
-            for name, served in self._served.items()
-        ]
-        return JSON({"object": "list", "data": data})
+        return JSON(ModelList([ModelCard(name, served.pool.max_context) for name, served in self._served.items()]))
 
     async def chat_completions(self, body: ChatCompletionBody, http: HTTPRequest) -> Response:
         """Answer a conversation."""
         served = self._find(body.model)
         config = body.to_config()
+        self._check_number("n", body.n or 1)
         messages = tuple(message.to_message() for message in body.messages)
         session_id = _session(http, body.session_id)
         request_id = self._note(served, body.request_id, session_id, body.user, messages)
@@ -154,10 +187,7 @@ class Gateway:
         served = self._find(body.model)
         config = body.to_config()
         prompts = body.to_prompts()
-        if len(prompts) * (body.n or 1) > self._config.gateway.max_prompts:
-            raise InvalidRequestError(
-                f"prompt: at most {self._config.gateway.max_prompts} prompts and choices at a time"
-            )
+        self._check_number("prompt", len(prompts) * (body.n or 1))
         session_id = _session(http, body.session_id)
         request_id = self._note(served, body.request_id, session_id, body.user, prompts)
         wire = CompletionWire(
@@ -182,7 +212,7 @@ class Gateway:
             )
             return await self._respond([turn], wire, stream=body.stream)
         requests = [
-            _raw_request(name if len(prompts) == 1 else f"{name}.{index}", prompt, choice)
+            _raw_request(name if len(prompts) == 1 else f"{name}/{index}", prompt, choice)
             for index, prompt in enumerate(prompts)
             for name, choice in _choices(request_id, config, body.n)
         ]
@@ -199,21 +229,15 @@ class Gateway:
         if isinstance(body.inputs, list):
             if not (body.sequence_start and body.sequence_end):
                 raise InvalidRequestError("inputs: a session takes one prompt at a time, not a list")
-            if len(body.inputs) > self._config.gateway.max_prompts:
-                raise InvalidRequestError(f"inputs: at most {self._config.gateway.max_prompts} prompts at a time")
+            self._check_number("inputs", len(body.inputs))
             if "" in body.inputs:
                 raise InvalidRequestError(f"inputs[{body.inputs.index('')}]: the prompt is empty")
             requests = [
-                _raw_request(f"{request_id}.{index}", prompt, config) for index, prompt in enumerate(body.inputs)
+                _raw_request(f"{request_id}/{index}", prompt, config) for index, prompt in enumerate(body.inputs)
             ]
             results = await served.pool.generate_many(requests, silence_s=body.timeout)
-            return JSON(
-                {
-                    "results": [
-                        _shown(result) if isinstance(result, Completion) else error_body(result) for result in results
-                    ]
-                }
-            )
+            shown = [_shown(result) if isinstance(result, Completion) else error_body(result) for result in results]
+            return JSON({"results": shown})
         if not body.inputs:
             raise InvalidRequestError("inputs: the prompt is empty; send at least one character")
         turn = self._turn(
@@ -227,7 +251,7 @@ class Gateway:
         )
         async with turn as stream:
             completion = await stream.completion()
-        _note_receipt(completion)
+        note(completion.receipt, completion.finish_reason)
         return JSON(_shown(completion), headers=receipt_headers(completion.receipt))
 
     async def stream_chat(self, body: StreamChatBody, http: HTTPRequest) -> Response:
@@ -248,9 +272,8 @@ class Gateway:
             end=body.sequence_end,
             silence_s=body.timeout,
         )
-        headers = {"x-raylm-request-id": request_id}
         wire = StreamChatWire(stream=body.stream)
-        return _StatusStream([turn], wire, self._config.gateway.heartbeat_s, headers)
+        return _StatusStream([turn], wire, self._config.gateway.heartbeat_s)
 
     async def tokenize(self, body: TokenizeBody) -> Response:
         """Return the tokens of a prompt or of a conversation with its template."""
@@ -264,37 +287,33 @@ class Gateway:
         else:
             request = _raw_request("tokenize", body.prompt or "", config)
         tokens = await served.pool.tokenize(request)
-        return JSON({"tokens": tokens, "count": len(tokens), "max_model_len": served.pool.max_context})
+        return JSON(Tokens(tokens, len(tokens), served.pool.max_context))
 
     # Sessions and requests
 
     async def show_session(self, session_id: SessionPath, model: str | None = None) -> Response:
         """Return a session's transcript."""
         served, found = await self._session(session_id, model)
-        messages = [
-            {"role": message.role, "content": message.content, **({"name": message.name} if message.name else {})}
-            for message in found.messages
-        ]
-        return JSON({"session_id": session_id, "model": served.config.name, "slot": found.slot, "messages": messages})
+        return JSON(Transcript(session_id, served.config.name, found.slot, found.messages))
 
     async def end_session(self, session_id: SessionPath, model: str | None = None) -> Response:
         """Forget a session."""
         served, _ = await self._session(session_id, model)
         await served.conversations.end(session_id)
-        return JSON({"session_id": session_id, "ended": True})
+        return JSON(SessionEnded(session_id))
 
     async def fork_session(self, session_id: SessionPath, body: ForkBody) -> Response:
         """Begin another session with the transcript of this one."""
         served, found = await self._session(session_id, body.model)
         await served.conversations.fork(session_id, str(body.session_id))
-        return JSON({"session_id": str(body.session_id), "model": served.config.name, "slot": found.slot})
+        return JSON(SessionForked(str(body.session_id), served.config.name, found.slot))
 
     async def cancel_request(self, request_id: SessionPath) -> Response:
         """Abort a request. Where another gateway has it, that one is asked to: status 202."""
         here = [await served.cancel(request_id) for served in self._served.values()]
         if any(here):
-            return JSON({"request_id": request_id, "cancelled": True})
-        return JSON({"request_id": request_id, "cancelled": "asked"}, status_code=202)
+            return JSON(Cancelled(request_id, True))
+        return JSON(Cancelled(request_id, "asked"), status_code=202)
 
     # The state of things
 
@@ -303,11 +322,11 @@ class Gateway:
         down = [name for name, served in self._served.items() if not served.pool.num_up]
         if down:
             raise NoActorError(f"no actor is up for {', '.join(down)}", retry_after_s=_RETRY_AFTER_S)
-        return JSON({"status": "ok"})
+        return JSON(Health())
 
     async def state(self) -> Response:
         """Say what all gateways and other clients do with the models."""
-        return JSON({"models": await self._states()})
+        return JSON(State(await self._states()))
 
     async def metrics(self) -> Response:
         """Return the same for Prometheus."""
@@ -315,7 +334,11 @@ class Gateway:
 
     async def page(self) -> Response:
         """Return the page."""
-        return FileResponse(str(files("raylm.serve") / "static" / "index.html"))
+        return _file("index.html")
+
+    async def docs(self) -> Response:
+        """Return the page that shows /openapi.json."""
+        return _file("docs.html")
 
     # What the routes have in common
 
@@ -327,6 +350,12 @@ class Gateway:
         if (served := self._served.get(model)) is None:
             raise ModelNotFoundError(f"model: no {model!r} is served here; there are: {', '.join(self._served)}")
         return served
+
+    def _check_number(self, param: str, number: int) -> None:
+        if number > self._config.gateway.max_prompts:
+            raise InvalidRequestError(
+                f"{param}: at most {self._config.gateway.max_prompts} prompts and choices at a time"
+            )
 
     def _note(
         self, served: ServedPool, request_id: str | None, session_id: str | None, user: str | None, text: object
@@ -375,9 +404,8 @@ class Gateway:
         )
 
     async def _respond(self, turns: Sequence[Turn], wire: Wire, *, stream: bool) -> Response:
-        headers = {"x-raylm-request-id": facts.get()["request_id"]}
         if stream:
-            return EventStream(turns, wire, self._config.gateway.heartbeat_s, headers)
+            return EventStream(turns, wire, self._config.gateway.heartbeat_s)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_complete(turn)) for turn in turns]
@@ -385,8 +413,8 @@ class Gateway:
             first = errors.exceptions[0]
         else:
             completions = [task.result() for task in tasks]
-            _note_receipt(completions[0])
-            return JSON(wire.whole(completions), headers=headers | receipt_headers(completions[0].receipt))
+            note(completions[0].receipt, completions[0].finish_reason)
+            return JSON(wire.whole(completions), headers=receipt_headers(completions[0].receipt))
         raise first
 
     async def _session(self, session_id: str, model: str | None) -> tuple[ServedPool, Any]:
@@ -398,7 +426,7 @@ class Gateway:
                 continue
         raise SessionNotFoundError(f"there is no session {session_id}")
 
-    async def _states(self) -> list[Any]:
+    async def _states(self) -> list[ModelState]:
         return list(await asyncio.gather(*(served.state() for served in self._served.values())))
 
 
@@ -409,14 +437,11 @@ class _StatusStream(EventStream):
         """Send all of it."""
         try:
             await super().__call__(scope, receive, send)
-        except SessionNotFoundError:
-            await self._status(-2, scope, receive, send)
-        except ContextLengthError:
-            await self._status(-3, scope, receive, send)
-
-    async def _status(self, status: int, scope: Any, receive: Any, send: Any) -> None:
-        body = event({"status": status, "text": "", "n_tokens": 0})
-        await Response(body, media_type="text/event-stream")(scope, receive, send)
+        except (SessionNotFoundError, ContextLengthError) as error:
+            facts.get()["error"] = type(error).__name__
+            status = Status.SESSION_CLOSED if isinstance(error, SessionNotFoundError) else Status.SESSION_OUT_OF_LIMIT
+            body = event({"status": status, "text": "", "n_tokens": 0})
+            await Response(body, media_type="text/event-stream")(scope, receive, send)
 
 
 def build_gateway(config: ServeConfig) -> FastAPI:
@@ -436,7 +461,6 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        responses=_ERRORS,
         default_response_class=JSON,
     )
     routes: list[tuple[str, str, Callable[..., Any], str]] = [
@@ -446,26 +470,30 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         ("POST", "/generate", gateway.generate, "generation"),
         ("POST", "/stream_chat", gateway.stream_chat, "generation"),
         ("POST", "/tokenize", gateway.tokenize, "generation"),
-        ("GET", "/sessions/{session_id}", gateway.show_session, "sessions"),
-        ("DELETE", "/sessions/{session_id}", gateway.end_session, "sessions"),
-        ("POST", "/sessions/{session_id}/fork", gateway.fork_session, "sessions"),
+        # Ids may have a `/` in them.
+        ("GET", "/sessions/{session_id:path}", gateway.show_session, "sessions"),
+        ("DELETE", "/sessions/{session_id:path}", gateway.end_session, "sessions"),
+        ("POST", "/sessions/{session_id:path}/fork", gateway.fork_session, "sessions"),
         ("POST", "/requests/{request_id}/cancel", gateway.cancel_request, "requests"),
         ("GET", "/health", gateway.health, "state"),
         ("GET", "/state", gateway.state, "state"),
         ("GET", "/metrics", gateway.metrics, "state"),
     ]
+    app.router.route_class = _StrictRoute
     for method, path, route, tag in routes:
-        app.add_api_route(path, route, methods=[method], tags=[tag])
+        app.add_api_route(path, route, methods=[method], tags=[tag], operation_id=route.__name__)
     app.add_api_route("/", gateway.page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs", gateway.docs, methods=["GET"], include_in_schema=False)
     app.mount("/static", StaticFiles(packages=[("raylm.serve", "static")]))
     handlers: dict[type[Exception], Any] = {
         RaylmError: _on_error,
         RequestValidationError: _on_invalid,
         HTTPException: _on_http,
-        Exception: _on_bug,
+        ray.exceptions.RayActorError: _on_restart,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+    app.openapi = cache(partial(describe, app))  # type: ignore[method-assign] # FastAPI's way of having one's own
     app.add_middleware(Door, config=config.gateway)
     if config.gateway.cors_origins:
         app.add_middleware(
@@ -493,6 +521,10 @@ async def _complete(turn: Turn) -> Completion:
         return await stream.completion()
 
 
+def _file(name: str) -> Response:
+    return FileResponse(str(files("raylm.serve") / "static" / name))
+
+
 def _session(http: HTTPRequest, in_body: str | int | None) -> str | None:
     in_header: str | None = http.state.session_id
     body = None if in_body is None else str(in_body)
@@ -507,8 +539,8 @@ def _choices(request_id: str, config: GenerationConfig, n: int | None) -> list[t
     """Return an id and a configuration for each of `n` choices. With a seed, each choice has its own."""
     if n is None or n == 1:
         return [(request_id, config)]
-    seeds = [None if config.seed is None else config.seed + index for index in range(n)]
-    return [(f"{request_id}.{index}", msgspec.structs.replace(config, seed=seed)) for index, seed in enumerate(seeds)]
+    seeds = [None if config.seed is None else (config.seed + index) % MAX_INT for index in range(n)]
+    return [(f"{request_id}/{index}", msgspec.structs.replace(config, seed=seed)) for index, seed in enumerate(seeds)]
 
 
 def _only_one_choice(n: int | None) -> None:
@@ -538,18 +570,8 @@ def _raw_text(transcript: Sequence[Message]) -> str:
     return "".join(message.content for message in transcript)
 
 
-def _shown(completion: Completion) -> dict[str, Any]:
-    return {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "usage": completion.usage,
-        "receipt": completion.receipt,
-    }
-
-
-def _note_receipt(completion: Completion) -> None:
-    receipt = completion.receipt
-    facts.get().update(slot=receipt.slot, why=receipt.why, attempts=receipt.attempts, finish=completion.finish_reason)
+def _shown(completion: Completion) -> Generated:
+    return Generated(completion.text, completion.finish_reason, completion.usage, completion.receipt)
 
 
 # What is raised, as an answer
@@ -563,25 +585,26 @@ async def _on_error(_: HTTPRequest, error: RaylmError) -> Response:
     return JSON(error_body(error), status_code=error.status_code, headers=headers)
 
 
-async def _on_invalid(_: HTTPRequest, error: RequestValidationError) -> Response:
-    problem = error.errors()[0]
+async def _on_invalid(_: HTTPRequest, invalid: RequestValidationError) -> Response:
+    problem = invalid.errors()[0]
     where = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
-    param = where[0] if where and problem["type"] != "json_invalid" else None
-    message = f"{'.'.join(where)}: {problem['msg']}" if param else f"the body is no valid JSON: {problem['msg']}"
-    return await _answer_invalid(InvalidRequestError(message), param)
-
-
-async def _answer_invalid(error: InvalidRequestError, param: str | None) -> Response:
+    if problem["type"] == "json_invalid":
+        param, message = None, f"the body is no valid JSON: {problem['ctx']['error']}"
+    elif not where:
+        param, message = None, "the body has to be a JSON object, sent with content-type: application/json"
+    else:
+        param, message = where[0], f"{'.'.join(where)}: {problem['msg']}"
+    error = InvalidRequestError(message)
     facts.get({}).update(error=type(error).__name__)
     return JSON(error_body(error, param), status_code=error.status_code)
 
 
 async def _on_http(_: HTTPRequest, error: HTTPException) -> Response:
-    detail = {"message": str(error.detail), "type": "HTTPError", "param": None, "code": error.status_code}
+    kind = RequestTooLargeError if error.status_code == RequestTooLargeError.status_code else HTTPException
+    facts.get({}).update(error=kind.__name__)
+    detail = {"message": str(error.detail), "type": kind.__name__, "param": None, "code": error.status_code}
     return JSON({"error": detail}, status_code=error.status_code, headers=error.headers)
 
 
-async def _on_bug(_: HTTPRequest, error: Exception) -> Response:
-    _log.error("a request met an error of the gateway itself", exc_info=error)
-    detail = {"message": "the gateway failed; its log says why", "type": "InternalError", "param": None, "code": 500}
-    return JSON({"error": detail}, status_code=500)
+async def _on_restart(http: HTTPRequest, _: ray.exceptions.RayActorError) -> Response:
+    return await _on_error(http, NoActorError("the model's manager is being restarted; try again"))

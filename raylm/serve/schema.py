@@ -16,14 +16,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raylm.errors import InvalidRequestError, RaylmError
 from raylm.messages import Completion, Delta, Details, FinishReason, GenerationConfig, Message, Receipt, Usage
+from raylm.statistics import ModelState
 
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": heartbeat\n\n"
 
-_MAX_SEED = 2**63 - 1
+MAX_INT = 2**63 - 1
+"""The highest integer that messages hold."""
+
 _TOP_LOGPROBS = 20
+_MAX_MESSAGES = 10_000
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-.0-~]+$")]
+"""Visible ASCII, because it is in a header of the answer; no `/`, which is between it and the number of a part."""
+
+SessionId = Name | Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+
+StopWords = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=64)]
 
 
 class _Body(BaseModel):
@@ -46,13 +59,11 @@ class ErrorBody(_Body):
 
 
 class _Session(_Body):
-    model: str | None = Field(None, description="Which model; may be left out where only one is served.")
-    session_id: str | int | None = Field(
+    model: Name | None = Field(None, description="Which model; may be left out where only one is served.")
+    session_id: SessionId | None = Field(
         None, description="Keeps requests of one name on one actor. See sequence_start for sessions with a transcript."
     )
-    request_id: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
-        None, description="Names this request in logs and for cancelling it."
-    )
+    request_id: RequestId | None = Field(None, description="Names this request in logs and for cancelling it.")
 
 
 class StreamOptions(_Body):
@@ -68,15 +79,15 @@ class _OpenAI(_Session):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=_MAX_SEED)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    stop: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    stop: StopWords | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     ignore_eos: bool = False
-    user: str | None = Field(None, description="Written into the log.")
+    user: Name | None = Field(None, description="Written into the log.")
     sequence_start: bool | None = Field(
         None, description="Given: this is a turn of a session whose transcript the server keeps; true begins it."
     )
@@ -118,7 +129,7 @@ class ChatMessage(_Body):
     """A message of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
     name: str | None = None
     type: Literal["text"] | None = Field(None, description="Some evaluation tools send it; it says nothing.")
 
@@ -126,6 +137,11 @@ class ChatMessage(_Body):
         """Return it as it crosses processes."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message(self.role, content, self.name)
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(fail_fast=True)]
 
 
 class JSONSchema(_Body):
@@ -159,9 +175,9 @@ class ResponseFormat(_Body):
 class ChatCompletionBody(_OpenAI):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_SEED)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_SEED)] | None = None
+    messages: Annotated[Messages, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -191,8 +207,10 @@ class ChatCompletionBody(_OpenAI):
 class CompletionBody(_OpenAI):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=_TOP_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only the same as n.")
@@ -239,16 +257,16 @@ class _Seed(_Session):
     sequence_end: bool = Field(True, description="Forget the session when the turn is over.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(30, description="Seconds in which nothing happens, at most.")
     ignore_eos: bool = False
-    max_new_tokens: Annotated[int, Field(ge=1, le=_MAX_SEED)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=_MAX_SEED)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    stop_words: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
+    stop_words: StopWords | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
 
     def to_config(self) -> GenerationConfig:
         """Return how to generate; what is not said, or null, is as in the seed's classes. `top_k` may be null."""
@@ -262,13 +280,13 @@ class _Seed(_Session):
 class GenerateBody(_Seed):
     """Body of `POST /generate`."""
 
-    inputs: str | list[str]
+    inputs: str | Annotated[list[str], Field(fail_fast=True)]
 
 
 class StreamChatBody(_Seed):
     """Body of `POST /stream_chat`."""
 
-    inputs: str | ChatMessage | list[ChatMessage]
+    inputs: str | ChatMessage | Messages
     stream: bool = Field(True, description="False: one event, at the end.")
 
     def to_messages(self) -> tuple[Message, ...]:
@@ -282,27 +300,218 @@ class StreamChatBody(_Seed):
 class TokenizeBody(_Body):
     """Body of `POST /tokenize`."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
 
 
 class ForkBody(_Body):
     """Body of `POST /sessions/{id}/fork`."""
 
-    session_id: str | int
-    model: str | None = None
+    session_id: SessionId
+    model: Name | None = None
 
 
 # Answers
 
 
+class ModelCard(msgspec.Struct):
+    """A model that is served."""
+
+    id: str
+    max_model_len: int | None
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "raylm"
+
+
+class ModelList(msgspec.Struct):
+    """The models that are served."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Generated(msgspec.Struct):
+    """An answer in the seed's words."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    receipt: Receipt
+
+
+class GeneratedList(msgspec.Struct):
+    """The answer or the error of each of several prompts, in their order."""
+
+    results: list[Any]
+
+
+class CachedTokens(msgspec.Struct):
+    """What the engine's prefix cache held."""
+
+    cached_tokens: int
+
+
+class TotalUsage(msgspec.Struct, omit_defaults=True):
+    """Token counts of all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens | None = None
+
+
+class Candidate(msgspec.Struct):
+    """A token, its log-probability, and the bytes of its text."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(Candidate):
+    """A generated token, and the likeliest ones at its place."""
+
+    top_logprobs: list[Candidate]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """What is told of the tokens of a chat answer."""
+
+    content: list[ChatToken]
+
+
+class AssistantMessage(msgspec.Struct):
+    """What the model said."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct):
+    """One of `n` answers."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(msgspec.Struct):
+    """OpenAI's chat completion; `raylm` has a receipt for each choice."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TotalUsage
+    raylm: list[Receipt]
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class TextLogprobs(msgspec.Struct):
+    """What is told of the tokens of a text, column by column. Nothing comes before the first token of a prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(msgspec.Struct):
+    """OpenAI's text completion; `raylm` has a receipt for each choice."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: TotalUsage
+    raylm: list[Receipt]
+    object: Literal["text_completion"] = "text_completion"
+
+
+class Tokens(msgspec.Struct):
+    """The tokens of a prompt."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int | None
+
+
+class Transcript(msgspec.Struct):
+    """A session."""
+
+    session_id: str
+    model: str
+    slot: int
+    messages: tuple[Message, ...]
+
+
+class SessionEnded(msgspec.Struct):
+    """A session that is forgotten."""
+
+    session_id: str
+    ended: bool = True
+
+
+class SessionForked(msgspec.Struct):
+    """A new session with the transcript of another."""
+
+    session_id: str
+    model: str
+    slot: int
+
+
+class Cancelled(msgspec.Struct):
+    """A request that is cancelled: `asked` where another gateway has it, if any has."""
+
+    request_id: str
+    cancelled: Literal["asked"] | bool
+
+
+class Health(msgspec.Struct):
+    """Every model has an actor."""
+
+    status: Literal["ok"] = "ok"
+
+
+class State(msgspec.Struct):
+    """What all gateways and other clients do with the models."""
+
+    models: list[ModelState]
+
+
+_FIELDS = {"prompt_token_ids": "prompt", "json_schema": "response_format"}
+"""What is called otherwise on the wire, wherever it is there."""
+
+
 def error_body(error: RaylmError, param: str | None = None) -> dict[str, Any]:
     """Return the JSON of an error. The field it names, where it names one, is what its text begins with."""
-    if param is None and (found := re.match(r"([a-z_]+)(\[\d+\])?: ", error.message)):
-        param = found[1]
+    message = error.message
+    if param is None and (found := re.match(r"([a-z_]+)(\[\d+\])?: ", message)):
+        param = _FIELDS.get(found[1], found[1])
+        message = param + message[found.end(1) :]
     kind = type(error)
-    return {"error": {"message": error.message, "type": kind.__name__, "param": param, "code": kind.status_code}}
+    return {"error": {"message": message, "type": kind.__name__, "param": param, "code": kind.status_code}}
+
+
+BUG: dict[str, Any] = {
+    "message": "the gateway failed; its log says why",
+    "type": "InternalError",
+    "param": None,
+    "code": 500,
+}
+"""What a client is told of an error that nobody has foreseen."""
 
 
 def event(value: Any) -> bytes:
@@ -310,9 +519,9 @@ def event(value: Any) -> bytes:
     return b"data: " + _encode(value) + b"\n\n"
 
 
-def error_event(error: RaylmError) -> bytes:
+def error_event(error: Exception) -> bytes:
     """Return the event that ends a stream which cannot go on."""
-    return b"event: error\n" + event(error_body(error))
+    return b"event: error\n" + event(error_body(error) if isinstance(error, RaylmError) else {"error": BUG})
 
 
 def receipt_headers(receipt: Receipt) -> dict[str, str]:
@@ -359,7 +568,6 @@ class _OpenAIWire:
     """What chat and text completions have in common."""
 
     _streamed: str
-    _whole: str
 
     def __init__(self, answer_id: str, model: str, *, include_usage: bool) -> None:
         self._id = answer_id
@@ -367,7 +575,7 @@ class _OpenAIWire:
         self._created = int(time.time())
         self._include_usage = include_usage
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def _chunk(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": self._streamed,
@@ -383,23 +591,11 @@ class _OpenAIWire:
             return DONE
         return event(self._chunk([], usage=_usage(usages))) + DONE
 
-    def _answer(self, choices: list[dict[str, Any]], completions: Sequence[Completion]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": self._whole,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-            "usage": _usage([completion.usage for completion in completions]),
-            "raylm": [completion.receipt for completion in completions],
-        }
-
 
 class ChatWire(_OpenAIWire):
     """OpenAI's chat completions."""
 
     _streamed = "chat.completion.chunk"
-    _whole = "chat.completion"
 
     def __init__(self, answer_id: str, model: str, *, include_usage: bool, logprobs: bool) -> None:
         super().__init__(answer_id, model, include_usage=include_usage)
@@ -418,7 +614,7 @@ class ChatWire(_OpenAIWire):
             choice = {
                 "index": index,
                 "delta": {"content": delta.text},
-                "logprobs": {"content": _chat_logprobs(delta.details, delta.logprobs)},
+                "logprobs": _chat_logprobs(delta.details, delta.logprobs),
                 "finish_reason": None,
             }
             return event(self._chunk([choice]))
@@ -433,17 +629,15 @@ class ChatWire(_OpenAIWire):
     def whole(self, completions: Sequence[Completion]) -> Any:
         """Return a chat completion."""
         choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": completion.text},
-                "logprobs": {"content": _chat_logprobs(completion.details, completion.logprobs)}
-                if self._logprobs
-                else None,
-                "finish_reason": completion.finish_reason,
-            }
+            ChatChoice(
+                index,
+                AssistantMessage(completion.text),
+                _chat_logprobs(completion.details, completion.logprobs) if self._logprobs else None,
+                completion.finish_reason,
+            )
             for index, completion in enumerate(completions)
         ]
-        return self._answer(choices, completions)
+        return ChatCompletion(self._id, self._created, self._model, choices, *_totals(completions))
 
 
 class CompletionWire(_OpenAIWire):
@@ -459,7 +653,6 @@ class CompletionWire(_OpenAIWire):
     """
 
     _streamed = "text_completion"
-    _whole = "text_completion"
 
     def __init__(
         self,
@@ -485,8 +678,7 @@ class CompletionWire(_OpenAIWire):
     def delta(self, index: int, delta: Delta) -> bytes:
         """Return a chunk; none for a delta without text."""
         if self._logprobs or self._echo:
-            choice = {"index": index, **self._choice(index, delta.text, delta.details, delta.logprobs)}
-            return event(self._chunk([{**choice, "finish_reason": None}]))
+            return event(self._chunk([self._choice(index, delta.text, delta.details, delta.logprobs, None)]))
         if not delta.text:
             return b""
         return b'%s%d,"text":%s,"logprobs":null,"finish_reason":null}]}\n\n' % (
@@ -504,23 +696,26 @@ class CompletionWire(_OpenAIWire):
     def whole(self, completions: Sequence[Completion]) -> Any:
         """Return a text completion."""
         choices = [
-            {
-                "index": index,
-                **self._choice(index, completion.text, completion.details, completion.logprobs),
-                "finish_reason": completion.finish_reason,
-            }
+            self._choice(index, completion.text, completion.details, completion.logprobs, completion.finish_reason)
             for index, completion in enumerate(completions)
         ]
-        return self._answer(choices, completions)
+        return TextCompletion(self._id, self._created, self._model, choices, *_totals(completions))
 
-    def _choice(self, index: int, text: str, details: Details | None, logprobs: Sequence[float]) -> dict[str, Any]:
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        details: Details | None,
+        logprobs: Sequence[float],
+        finish_reason: FinishReason | None,
+    ) -> TextChoice:
         details = details or Details()
         prompt_texts = details.prompt_token_texts if self._echo else ()
         if self._echo and prompt_texts:
             spelled = self._prompts[index]
             text = (b"".join(map(_bytes, prompt_texts)).decode(errors="replace") if spelled is None else spelled) + text
         if not self._logprobs:
-            return {"text": text, "logprobs": None}
+            return TextChoice(index, text, None, finish_reason)
         tokens = [*prompt_texts, *details.token_texts]
         values: list[float | None] = [*details.prompt_logprobs[: len(prompt_texts)], *logprobs]
         tops: list[dict[str, float] | None] = [
@@ -535,15 +730,7 @@ class CompletionWire(_OpenAIWire):
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(_bytes(token).decode(errors="replace"))
-        return {
-            "text": text,
-            "logprobs": {
-                "tokens": tokens,
-                "token_logprobs": values,
-                "top_logprobs": tops or None,
-                "text_offset": offsets,
-            },
-        }
+        return TextChoice(index, text, TextLogprobs(tokens, values, tops or None, offsets), finish_reason)
 
 
 class StreamChatWire:
@@ -579,35 +766,31 @@ class StreamChatWire:
         raise AssertionError("unreachable: stream_chat is always a stream")
 
 
-def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
+def _totals(completions: Sequence[Completion]) -> tuple[TotalUsage, list[Receipt]]:
+    return _usage([completion.usage for completion in completions]), [completion.receipt for completion in completions]
+
+
+def _usage(usages: Sequence[Usage]) -> TotalUsage:
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
-    shown: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
     cached = [usage.cached_tokens for usage in usages if usage.cached_tokens is not None]
-    if cached:
-        shown["prompt_tokens_details"] = {"cached_tokens": sum(cached)}
-    return shown
+    return TotalUsage(prompt, completion, prompt + completion, CachedTokens(sum(cached)) if cached else None)
 
 
-def _chat_logprobs(details: Details | None, logprobs: Sequence[float]) -> list[dict[str, Any]]:
+def _chat_logprobs(details: Details | None, logprobs: Sequence[float]) -> ChatLogprobs:
     details = details or Details()
     texts = details.token_texts or ("",) * len(logprobs)
     tops = details.top_logprobs or ((),) * len(logprobs)
-    return [
-        {
-            **_chat_token(text, logprob),
-            "top_logprobs": [_chat_token(other, value) for other, value in candidates],
-        }
-        for text, logprob, candidates in zip(texts, logprobs, tops, strict=True)
-    ]
+    return ChatLogprobs(
+        [
+            ChatToken(text, logprob, list(_bytes(text)), [_candidate(*candidate) for candidate in candidates])
+            for text, logprob, candidates in zip(texts, logprobs, tops, strict=True)
+        ]
+    )
 
 
-def _chat_token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(_bytes(text))}
+def _candidate(text: str, logprob: float) -> Candidate:
+    return Candidate(text, logprob, list(_bytes(text)))
 
 
 def _bytes(token_text: str) -> bytes:

@@ -7,6 +7,7 @@ a stream never just ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Self
@@ -16,11 +17,14 @@ from starlette.types import Receive, Scope, Send
 
 from raylm.errors import RaylmError
 from raylm.messages import Usage
+from raylm.serve.door import facts, note
 from raylm.serve.schema import HEARTBEAT, Wire, error_event
 from raylm.stream import Stream
 
 Turn = AbstractAsyncContextManager[Stream]
 """What makes a stream, and ends what has to end with it."""
+
+_log = logging.getLogger(__name__)
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -38,27 +42,28 @@ class EventStream(Response):
         turns: One for each choice.
         wire: How it is written.
         heartbeat_s: A comment is sent after so many seconds of silence.
-        headers: Of the response.
     """
 
-    def __init__(self, turns: Sequence[Turn], wire: Wire, heartbeat_s: float, headers: dict[str, str]) -> None:
+    def __init__(self, turns: Sequence[Turn], wire: Wire, heartbeat_s: float) -> None:
         super().__init__()
         self._turns = turns
         self._wire = wire
         self._heartbeat_s = heartbeat_s
-        self._more_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send all of it."""
-        writer = _Writer(send, self._more_headers)
+        writer = _Writer(send)
         try:
             if len(self._turns) == 1:
                 usages = [await self._answer(0, self._turns[0], writer)]
             else:
                 usages = await self._answer_all(writer)
-        except RaylmError as error:
+        except Exception as error:
             if not writer.started:
                 raise
+            facts.get()["error"] = type(error).__name__
+            if not isinstance(error, RaylmError):
+                _log.exception("a stream met an error of the gateway itself")
             await writer.write(error_event(error), last=True)
         else:
             await writer.write(self._wire.close(usages), last=True)
@@ -81,6 +86,7 @@ class EventStream(Response):
         # After the block, which adds a turn to its session: who sees the end may go on with the next turn.
         if stream.receipt is None:
             raise AssertionError("unreachable: the last delta comes with the receipt")
+        note(stream.receipt, delta.finish_reason)
         await writer.write(wire.end(index, delta.finish_reason, stream.receipt))
         return stream.receipt.usage
 
@@ -98,10 +104,9 @@ class EventStream(Response):
 class _Writer:
     """Sends the parts of one response, of which each is whole events."""
 
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+    def __init__(self, send: Send) -> None:
         self.started = False
         self._send = send
-        self._headers = headers
         self._loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()  # several choices write, and each waits while the client does not read
         self.written_at = self._loop.time()
@@ -111,8 +116,7 @@ class _Writer:
         if self.started:
             return
         self.started = True
-        headers = {**self._headers, **{f"x-raylm-{name}": value for name, value in attempt.items()}}
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        raw = [(f"x-raylm-{name}".encode(), value.encode()) for name, value in attempt.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
 
     async def write(self, data: bytes, *, last: bool = False) -> None:

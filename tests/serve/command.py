@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from raylm.cli import main
 sys.exit(main())
 """
+_HAPROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+"""Without these, two commands that start at the same moment would both find the usual ones free."""
+
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
 
@@ -49,6 +56,10 @@ class ServeCommand:
     def post(self, path: str, json: Any = None, **rest: Any) -> requests.Response:
         """Send a POST request."""
         return requests.post(self.url + path, json=json, timeout=120, **rest)
+
+    def delete(self, path: str) -> requests.Response:
+        """Send a DELETE request."""
+        return requests.delete(self.url + path, timeout=60)
 
     def state(self, model: int = 0) -> dict[str, Any]:
         """Return what `/state` says of one model."""
@@ -109,7 +120,11 @@ def serve_command(
             "local",
         ]
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **{name: str(free_port()) for name in _HAPROXY_PORTS}, **(env or {})},
         )
         served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
         try:
@@ -126,6 +141,14 @@ def serve_command(
                 process.kill()
             if process.stderr is not None:
                 process.stderr.close()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Return once a condition holds that only asking tells."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.05)
 
 
 def _wait_until_up(process: subprocess.Popen[str], log: Path) -> None:

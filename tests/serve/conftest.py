@@ -10,11 +10,15 @@ from tests.serve.command import ServeCommand, serve_command
 
 SIMULATED = {"kind": "simulated", "tokens_per_s": 200, "replicas": 2}
 
+KEYS = ("key-of-the-environment", "another-key", "key-of-the-file")
+"""What opens `strict_endpoint`."""
+
 
 @pytest.fixture(scope="session")
 def simulated_endpoint() -> Iterator[ServeCommand]:
     """`raylm serve` with two actors of the simulated engine and two gateways behind HAProxy."""
-    config = {"models": [{"name": "sim", "engines": [SIMULATED]}], "gateway": {"replicas": 2}}
+    failing = SIMULATED | {"faults": [{"match": "FAIL", "at_token": 3, "action": "fail"}]}
+    config = {"models": [{"name": "sim", "engines": [failing]}], "gateway": {"replicas": 2}}
     with serve_command(config) as command:
         yield command
 
@@ -23,4 +27,32 @@ def simulated_endpoint() -> Iterator[ServeCommand]:
 def real_endpoint() -> Iterator[ServeCommand]:
     """`raylm serve` as the README starts it: the built-in model on CPU."""
     with serve_command({}) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
+    """`raylm serve` with keys and low limits: one gateway, and `slow`, which answers one request and queues one more.
+
+    `doomed` is there to be killed.
+    """
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"\n{KEYS[2]}\n")
+    slow = {"kind": "simulated", "capacity": 1, "tokens_per_s": 50, "first_token_s": 1}
+    faults = [{"match": "FAIL", "at_token": 3, "action": "fail"}]
+    config = {
+        "models": [
+            {"name": "slow", "engines": [slow | {"faults": faults}], "pool": {"max_queued": 1, "max_attempts": 1}},
+            {"name": "doomed", "engines": [{"kind": "simulated"}]},
+        ],
+        "gateway": {
+            "api_keys_env": "RAYLM_TEST_KEYS",
+            "api_keys_file": str(file),
+            "max_body_bytes": 100_000,
+            "max_prompts": 4,
+            "request_timeout_s": 10,
+            "heartbeat_s": 0.2,
+        },
+    }
+    with serve_command(config, env={"RAYLM_TEST_KEYS": f"{KEYS[0]}, {KEYS[1]}"}) as command:
         yield command

@@ -1,0 +1,369 @@
+"""What the endpoint refuses, what it survives, and what it writes down."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.serve.command import ServeCommand, serve_command, wait_for
+from tests.serve.conftest import KEYS
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+KEY = {"Authorization": f"Bearer {KEYS[0]}"}
+
+
+@pytest.fixture(scope="module")
+def python_endpoint() -> Iterator[ServeCommand]:
+    """An endpoint behind Serve's own proxy."""
+    with serve_command({"models": [{"name": "sim", "engines": [{"kind": "simulated"}]}]}, proxy="python") as command:
+        yield command
+
+
+@contextmanager
+def connection(endpoint: ServeCommand) -> Iterator[socket.socket]:
+    """A bare connection."""
+    host, _, port = endpoint.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connected:
+        yield connected
+
+
+def raw(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> bytes:
+    """Return a request as it goes over the wire."""
+    lines = [
+        method + b" " + path.encode() + b" HTTP/1.1",
+        b"host: test",
+        b"content-type: application/json",
+        b"content-length: %d" % len(body),
+        *headers,
+    ]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def status_of(endpoint: ServeCommand, request: bytes) -> int:
+    """Send bytes and return the status of the answer."""
+    with connection(endpoint) as connected:
+        connected.sendall(request)
+        answer = b""
+        while b"\r\n" not in answer:
+            got = connected.recv(4096)
+            assert got, "the connection was closed without an answer"
+            answer += got
+    return int(answer.split()[1])
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_key(strict_endpoint: ServeCommand, key: str, scheme: str) -> None:
+    """Each key of the environment and of the file opens, however the scheme is spelled."""
+    response = strict_endpoint.get("/v1/models", headers={"Authorization": f"{scheme} {key}"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Basic {KEYS[0]}"},
+        {"Authorization": KEYS[0]},
+        {"Authorization": f"Bearer {KEYS[0]},{KEYS[1]}"},
+        {"Authorization": "Bearer sch\u00e4d".encode()},
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/state", "/metrics", "/openapi.json", "/sessions/a", "/nothing"])
+def test_no_key(strict_endpoint: ServeCommand, headers: dict[str, Any], path: str) -> None:
+    """Without a key, or with a wrong one, it is status 401 everywhere."""
+    response = strict_endpoint.get(path, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"]["type"] == "AuthenticationError"
+
+
+def test_key_sent_twice(strict_endpoint: ServeCommand) -> None:
+    """Two keys are one too many, even when both are right."""
+    header = f"authorization: Bearer {KEYS[0]}".encode()
+    assert status_of(strict_endpoint, raw("/v1/models", b"", header, header, method=b"GET")) == 401
+    assert status_of(strict_endpoint, raw("/v1/models", b"", header, method=b"GET")) == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/app.js", "/health"])
+def test_open_paths(strict_endpoint: ServeCommand, path: str) -> None:
+    """The pages and the health need no key."""
+    assert strict_endpoint.get(path).status_code in (200, 503)
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b'"text"', None),
+        (b'{"prompt": "\\ud800"}', None),
+        (b'{"prompt": "a", "temperature": NaN}', None),
+        (b'{"prompt": "a", "temperature": 1e999}', None),
+        (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", None),
+        (b'{"prompt": "\xff"}', None),
+        (b'{"prompt": 1}', "prompt"),
+        (b'{"prompt": [1, "a"]}', "prompt"),
+        (b'{"prompt": [-1]}', "prompt"),
+        (b'{"prompt": [1e30]}', "prompt"),
+        (b'{"prompt": []}', "prompt"),
+        (b'{"prompt": "a", "max_tokens": "3"}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": true}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 99999999999999999999}', "max_tokens"),
+        (b'{"prompt": "a", "best_of": 3}', "best_of"),
+        (b'{"prompt": "a", "nonsense": 1}', "nonsense"),
+        (b'{"prompt": "a", "stream_options": {"nonsense": 1}}', "stream_options"),
+        (b'{"prompt": "a", "request_id": "a\\r\\nx-evil: 1"}', "request_id"),
+        (b'{"prompt": "a", "request_id": "\\u20ac"}', "request_id"),
+        (b'{"prompt": "a", "session_id": ""}', "session_id"),
+        (b'{"prompt": "a", "session_id": 1' + b"0" * 300 + b"}", "session_id"),
+        (b'{"prompt": "a", "user": "' + b"u" * 300 + b'"}', "user"),
+    ],
+)
+def test_bad_body(simulated_endpoint: ServeCommand, body: bytes, param: str | None) -> None:
+    """What is no JSON, or has wrong types or unknown fields, is status 400, and `param` names the field."""
+    response = simulated_endpoint.post("/v1/completions", data=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_not_sent_as_json(simulated_endpoint: ServeCommand) -> None:
+    """A body that is not called JSON is refused with the word for what is missing: pages of others can send those."""
+    response = simulated_endpoint.post("/generate", data=b'{"inputs": "a"}', headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+    assert "content-type: application/json" in response.json()["error"]["message"]
+
+
+def test_huge_limits(simulated_endpoint: ServeCommand) -> None:
+    """The highest numbers that are allowed harm nobody: the loads of such requests add up, and are told to others."""
+    with ExitStack() as stack:
+        for number in range(6):
+            body = {**HELLO, "max_tokens": 2**63 - 1, "seed": 2**63 - 1, "top_k": 2**63 - 1, "n": 2, "stream": True}
+            response = stack.enter_context(
+                requests.post(simulated_endpoint.url + CHAT, json=body, stream=True, timeout=60)
+            )
+            assert response.status_code == 200
+        wait_for(lambda: simulated_endpoint.state()["num_running"] >= 12)
+    wait_for(lambda: simulated_endpoint.state()["num_running"] == 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_huge_body(strict_endpoint: ServeCommand, chunked: bool) -> None:
+    """A body over the limit is status 413, whether its length is told or not."""
+    piece = b"x" * 50_000
+    body: Any = iter([b'{"prompt": "', piece, piece, piece, b'"}']) if chunked else b'{"prompt": "' + 3 * piece
+    response = strict_endpoint.post(
+        "/v1/completions", data=body, headers={**KEY, "content-type": "application/json"}
+    )
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "RequestTooLargeError"
+
+
+@pytest.mark.parametrize("item", ["{}", "1", '"a"', "[1]", "null"])
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/completions", "prompt"), (CHAT, "messages"), ("/generate", "inputs"), (CHAT, "stop")]
+)
+def test_million_elements(simulated_endpoint: ServeCommand, path: str, field: str, item: str) -> None:
+    """A list of a million of anything is refused, and does not take the time of a million."""
+    body = f'{{"{field}": [' + ",".join([item] * 1_000_000) + "]}"
+    response = simulated_endpoint.post(path, data=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.elapsed.total_seconds() < 20
+    assert simulated_endpoint.get("/health").status_code == 200
+
+
+def test_too_many_prompts(strict_endpoint: ServeCommand) -> None:
+    """Prompts and choices together have a limit, on each route."""
+    for path, body, param in [
+        ("/v1/completions", {"prompt": ["a"] * 5}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 3, "n": 2}, "prompt"),
+        ("/generate", {"inputs": ["a"] * 5}, "inputs"),
+        (CHAT, {**HELLO, "n": 5}, "n"),
+    ]:
+        response = strict_endpoint.post(path, {"model": "slow", **body}, headers=KEY)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [b"x_session_id: a"],
+        [b"x-session_id: a"],
+        [b"x-session-id: a", b"x-session-id: a"],
+        [b"x-session-id: a", b"X_Session_Id: b"],
+        [b"x-session-id: \xc3\xa4"],
+        [b"x-session-id: "],
+        [b"x-session-id: " + b"a" * 201],
+        [b"x-session-id: a", b"content-length: 1"],
+    ],
+)
+def test_header_tricks(simulated_endpoint: ServeCommand, headers: list[bytes]) -> None:
+    """A session header that could be read in two ways is refused."""
+    assert status_of(simulated_endpoint, raw(CHAT, json.dumps(HELLO).encode(), *headers)) == 400
+
+
+def test_header_against_body(simulated_endpoint: ServeCommand) -> None:
+    """Header and body may both name the session, if it is the same one."""
+    headers = {"x-session-id": "7"}
+    assert simulated_endpoint.post(CHAT, {**HELLO, "session_id": 7}, headers=headers).status_code == 200
+    refused = simulated_endpoint.post(CHAT, {**HELLO, "session_id": "8"}, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "session_id")
+
+
+# Clients that are slow, or gone
+
+
+def test_slow_loris(strict_endpoint: ServeCommand) -> None:
+    """Clients that send a byte now and then hold up nobody else."""
+    request = raw(CHAT, b"{" + b" " * 100)
+    with ExitStack() as stack:
+        slow = [stack.enter_context(connection(strict_endpoint)) for _ in range(50)]
+        for position in range(20):
+            for connected in slow:
+                connected.sendall(request[position : position + 1])
+            assert strict_endpoint.get("/v1/models", headers=KEY).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("proxy", ["haproxy", "python"])
+def test_client_leaves(
+    simulated_endpoint: ServeCommand, python_endpoint: ServeCommand, stream: bool, proxy: str
+) -> None:
+    """When the client is gone, its request is ended in the engine."""
+    endpoint = simulated_endpoint if proxy == "haproxy" else python_endpoint
+    aborted = endpoint.state()["num_aborted"]
+    body = {**HELLO, "max_tokens": 8000, "stream": stream}
+    with connection(endpoint) as connected:
+        connected.sendall(raw(CHAT, json.dumps(body).encode()))
+        wait_for(lambda: endpoint.state()["num_running"] == 1)
+    left_at = time.monotonic()
+    wait_for(lambda: endpoint.state()["num_running"] == 0)
+    assert time.monotonic() - left_at < 20  # of the 40 s or more that it would have run
+    wait_for(lambda: sum(slot["num_running"] for slot in endpoint.state()["slots"]) == 0)
+    assert endpoint.state()["num_aborted"] == aborted + 1
+
+
+def test_heartbeat(strict_endpoint: ServeCommand) -> None:
+    """A stream that has nothing to say yet says so."""
+    body = {"model": "slow", **HELLO, "stream": True}
+    text = strict_endpoint.post(CHAT, body, headers=KEY).text
+    assert text.startswith(": heartbeat\n\n")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_failure_in_mid_stream(strict_endpoint: ServeCommand) -> None:
+    """A stream whose engine fails, with no attempt left, ends with an `error` event."""
+    body = {"model": "slow", "messages": [{"role": "user", "content": "FAIL"}], "stream": True}
+    text = strict_endpoint.post(CHAT, body, headers=KEY).text
+    *_, kind, data = text.strip().splitlines()
+    assert kind == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"] == {
+        "message": "simulated failure at token 3",
+        "type": "EngineError",
+        "param": None,
+        "code": 500,
+    }
+    assert "[DONE]" not in text
+
+
+@pytest.mark.parametrize("path", [CHAT, "/generate", "/stream_chat"])
+def test_saturated(strict_endpoint: ServeCommand, path: str) -> None:
+    """When the queue is full, it is status 429, at once and on every route."""
+    running = {"model": "slow", **HELLO, "max_tokens": 8000, "stream": True}
+    one_more = HELLO if path == CHAT else {"inputs": "a"}
+    with ExitStack() as stack:
+        for _ in range(2):
+            response = requests.post(strict_endpoint.url + CHAT, json=running, headers=KEY, stream=True, timeout=60)
+            stack.enter_context(response)
+            assert response.status_code == 200  # with the first heartbeat
+        refused = strict_endpoint.post(path, {"model": "slow", **one_more}, headers=KEY)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "PoolSaturatedError"
+    wait_for(lambda: strict_endpoint.get("/state", headers=KEY).json()["models"][0]["num_running"] == 0)
+
+
+def test_deadline(strict_endpoint: ServeCommand) -> None:
+    """A request that takes longer than the endpoint allows is status 504."""
+    body = {"model": "slow", **HELLO, "max_tokens": 8000}
+    response = strict_endpoint.post(CHAT, body, headers=KEY)
+    assert response.status_code == 504
+    assert response.json()["error"]["type"] == "RequestTimeoutError"
+
+
+# The log
+
+
+def _log_lines(endpoint: ServeCommand) -> list[dict[str, Any]]:
+    (raylet,) = endpoint.processes("raylet/raylet")
+    found = re.search(r"--session[-_]dir=(\S+)", " ".join(raylet.cmdline()))
+    assert found is not None
+    lines = []
+    for file in Path(found[1], "logs").rglob("worker-*.err"):
+        lines += [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
+    return lines
+
+
+def test_log(simulated_endpoint: ServeCommand) -> None:
+    """Each request is a line with its id and its session, and without its text."""
+    names = []
+    secret = uuid.uuid4().hex
+    for path, body in [
+        (CHAT, {"messages": [{"role": "user", "content": secret}], "max_tokens": 2}),
+        (CHAT, {"messages": [{"role": "user", "content": secret}], "max_tokens": 2, "stream": True}),
+        ("/v1/completions", {"prompt": [secret, f"FAIL {secret}"]}),
+        ("/generate", {"inputs": f"FAIL {secret}", "sequence_end": False}),
+        ("/stream_chat", {"inputs": secret, "sequence_start": False}),
+    ]:
+        names.append(uuid.uuid4().hex)
+        session_id = f"session-of-{names[-1]}"
+        simulated_endpoint.post(path, {**body, "request_id": names[-1], "session_id": session_id})
+    told = {}
+
+    def complete() -> bool:
+        told.update({line.get("request_id"): line for line in _log_lines(simulated_endpoint)})
+        return all(name in told for name in names)
+
+    wait_for(complete)
+    for name in names:
+        assert told[name]["session_id"] == f"session-of-{name}"
+        assert told[name]["duration_ms"] > 0
+    assert [told[name]["status"] for name in names] == [200, 200, 500, 500, 200]
+    assert [told[name].get("error") for name in names[2:]] == ["EngineError", "EngineError", "SessionNotFoundError"]
+    assert told[names[1]]["slot"] in (0, 1)
+    (raylet,) = simulated_endpoint.processes("raylet/raylet")
+    found = re.search(r"--session[-_]dir=(\S+)", " ".join(raylet.cmdline()))
+    assert found is not None
+    for file in Path(found[1], "logs").rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_log_prompts() -> None:
+    """Where the endpoint is told so, the text is in the log."""
+    config = {"models": [{"name": "sim", "engines": [{"kind": "simulated"}]}], "gateway": {"log_prompts": True}}
+    with serve_command(config, proxy="python") as endpoint:
+        endpoint.post("/generate", {"inputs": "to be written", "max_new_tokens": 1})
+        wait_for(lambda: any(line.get("text") == "to be written" for line in _log_lines(endpoint)))
