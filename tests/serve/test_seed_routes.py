@@ -121,9 +121,9 @@ def test_one_event(simulated_endpoint: ServeCommand) -> None:
 def test_session(simulated_endpoint: ServeCommand, session_id: str) -> None:
     """Turns add up: the second answer depends on the first, and after the end the session is closed."""
     first = stream_chat(simulated_endpoint, "one", session_id=session_id, sequence_end=False)[-1]["text"]
-    second = stream_chat(
-        simulated_endpoint, "two", session_id=session_id, sequence_start=False, sequence_end=False
-    )[-1]["text"]
+    second = stream_chat(simulated_endpoint, "two", session_id=session_id, sequence_start=False, sequence_end=False)[
+        -1
+    ]["text"]
     assert second == greedy_text(f"user: one\nassistant: {first}\nuser: two\n", 6)
     messages = simulated_endpoint.get(f"/sessions/{session_id}").json()["messages"]
     assert [message["content"] for message in messages] == ["one", first, "two", second]
