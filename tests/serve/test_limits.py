@@ -172,9 +172,7 @@ def test_huge_body(strict_endpoint: ServeCommand, chunked: bool) -> None:
     """A body over the limit is status 413, whether its length is told or not."""
     piece = b"x" * 50_000
     body: Any = iter([b'{"prompt": "', piece, piece, piece, b'"}']) if chunked else b'{"prompt": "' + 3 * piece
-    response = strict_endpoint.post(
-        "/v1/completions", data=body, headers={**KEY, "content-type": "application/json"}
-    )
+    response = strict_endpoint.post("/v1/completions", data=body, headers={**KEY, "content-type": "application/json"})
     assert response.status_code == 413
     assert response.json()["error"]["type"] == "RequestTooLargeError"
 
@@ -270,7 +268,7 @@ def test_heartbeat(strict_endpoint: ServeCommand) -> None:
     """A stream that has nothing to say yet says so."""
     body = {"model": "slow", **HELLO, "stream": True}
     text = strict_endpoint.post(CHAT, body, headers=KEY).text
-    assert text.startswith(": heartbeat\n\n")
+    assert ": heartbeat\n\n" in text
     assert text.endswith("data: [DONE]\n\n")
 
 
