@@ -141,6 +141,8 @@ class ChatMessage(_Body):
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
 
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(fail_fast=True)]
 
 
@@ -207,9 +209,7 @@ class ChatCompletionBody(_OpenAI):
 class CompletionBody(_OpenAI):
     """Body of `POST /v1/completions`."""
 
-    prompt: (
-        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    )
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=_TOP_LOGPROBS)] | None = None
     echo: bool = False
@@ -280,7 +280,7 @@ class _Seed(_Session):
 class GenerateBody(_Seed):
     """Body of `POST /generate`."""
 
-    inputs: str | Annotated[list[str], Field(fail_fast=True)]
+    inputs: str | Texts
 
 
 class StreamChatBody(_Seed):
