@@ -18,8 +18,8 @@ Requests of one token show it, for wrk knows only when a response is whole.
 `cpu_per_token_ratio`: CPU of all of Ray's, Serve's and HAProxy's processes for one token, by the baseline's.
 `stream_stretch`: median time of a stream by the engine's own, which is 2 s.
 `added_p50_ms`: median time of a request for one token, one client and nothing else, less the engine's own. The engine
-here ticks every 0.1 ms: a client that comes back a little later than a tick of 20 ms would wait for the next one all the
-same, and hide what it took.
+here ticks every 0.1 ms: a client that comes back a little later than a tick of 20 ms would wait for the next one all
+the same, and hide what it took.
 `http_efficiency`: SmolLM2 on CPU, tokens/s of the engine while 32 streams are read over HTTP, by those of the same
 engine driven directly in a process of its own. Gateway, HAProxy, wrk and engine share the machine's cores.
 `affinity`, `moved_healthy`, `moved_answered`: 200 sessions of 5 turns on 4 actors and 2 gateways. Share of turns on the

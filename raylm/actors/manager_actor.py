@@ -36,6 +36,9 @@ CLIENT_LEASE_S = 10.0
 POOL_LEASE_S = 120.0
 """A pool without clients ends its actors after this long: gateways that are replaced need it for a moment longer."""
 
+_END_TIMEOUT_S = 30.0
+"""How long a manager has to end its actors."""
+
 _HEALTH_INTERVAL_S = 5.0
 _HEALTH_TIMEOUT_S = 10.0
 
@@ -89,6 +92,7 @@ class ManagerActor:
         self._clients: dict[str, _Client] = {}
         self._departed = ModelState(name=self._config.name)  # what clients that are gone have done
         self._tasks: list[asyncio.Task[None]] = []
+        self._pids: dict[int, int] = {}  # by slot, the process that was there when it was last asked
 
     async def start(self) -> str:
         """Create the actors, or take them over; return the `ModelConfig` they were made from, as JSON.
@@ -138,7 +142,7 @@ class ManagerActor:
     async def replace(self, slot: int, pid: int) -> None:
         """See `PoolManager.replace`."""
         await self.start()
-        if self._manager is not None:
+        if self._manager is not None and self._pids.get(slot, pid) == pid:
             self._manager.replace(slot, pid)
 
     async def sessions(self) -> Any:
@@ -176,7 +180,7 @@ class ManagerActor:
         actor = self._manager.actors[slot]
         while True:
             try:
-                pid = await self._pid(actor)
+                pid = self._pids[slot] = await self._pid(actor)
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(0.2)  # it is being restarted
                 continue
@@ -295,9 +299,10 @@ async def end(model: str) -> None:
     except ModelNotFoundError:
         return
     try:
-        await manager.close.remote()
-    except ray.exceptions.RayError as error:
-        _log.warning("model %s did not end in order: %s", model, str(error).partition("\n")[0])
+        async with asyncio.timeout(_END_TIMEOUT_S):
+            await manager.close.remote()
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        _log.warning("model %s did not end in order: %s", model, str(error).partition("\n")[0] or "no answer")
     ray.kill(manager, no_restart=True)
 
 

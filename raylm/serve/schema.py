@@ -606,7 +606,9 @@ class ChatWire(_OpenAIWire):
 
     def begin(self, index: int) -> bytes:
         """Return the chunk with the role."""
-        return event(self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}}]))
+        return event(
+            self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        )
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """Return a chunk; none for a delta without text."""
