@@ -490,7 +490,6 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         RaylmError: _on_error,
         RequestValidationError: _on_invalid,
         HTTPException: _on_http,
-        ray.exceptions.RayActorError: _on_restart,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
@@ -605,7 +604,3 @@ async def _on_http(_: HTTPRequest, error: HTTPException) -> Response:
     facts.get({}).update(error=kind.__name__)
     detail = {"message": str(error.detail), "type": kind.__name__, "param": None, "code": error.status_code}
     return JSON({"error": detail}, status_code=error.status_code, headers=error.headers)
-
-
-async def _on_restart(http: HTTPRequest, _: ray.exceptions.RayActorError) -> Response:
-    return await _on_error(http, NoActorError("the model's manager is being restarted; try again"))
