@@ -43,8 +43,9 @@ system-deps:
 			apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $$missing; \
 	fi
 
+# Two at a time, a file each: most tests wait for processes.
 test: $(VENV)/.develops
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-lmdeploy: $(LMDEPLOY_VENV)/.develops
 	$(LMDEPLOY) -m raylm.engines.gguf smollm2-135m-instruct
