@@ -16,7 +16,6 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import msgspec
-import ray.exceptions
 from fastapi import FastAPI, Path
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
