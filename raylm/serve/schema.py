@@ -43,6 +43,11 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _example(body: dict[str, Any]) -> ConfigDict:
+    """Return the settings of a body for which `/docs` has an example."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 class ErrorDetail(_Body):
     """What went wrong."""
 
@@ -177,6 +182,10 @@ class ResponseFormat(_Body):
 class ChatCompletionBody(_OpenAI):
     """Body of `POST /v1/chat/completions`."""
 
+    model_config = _example(
+        {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
+    )
+
     messages: Annotated[Messages, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
@@ -208,6 +217,8 @@ class ChatCompletionBody(_OpenAI):
 
 class CompletionBody(_OpenAI):
     """Body of `POST /v1/completions`."""
+
+    model_config = _example({"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0})
 
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
@@ -280,11 +291,15 @@ class _Seed(_Session):
 class GenerateBody(_Seed):
     """Body of `POST /generate`."""
 
+    model_config = _example({"inputs": ["Once upon a time", "In the beginning"], "max_new_tokens": 16})
+
     inputs: str | Texts
 
 
 class StreamChatBody(_Seed):
     """Body of `POST /stream_chat`."""
+
+    model_config = _example({"inputs": "My dog is called Rex.", "session_id": 1, "sequence_end": False})
 
     inputs: str | ChatMessage | Messages
     stream: bool = Field(True, description="False: one event, at the end.")
@@ -300,6 +315,8 @@ class StreamChatBody(_Seed):
 class TokenizeBody(_Body):
     """Body of `POST /tokenize`."""
 
+    model_config = _example({"prompt": "The capital of France is"})
+
     model: Name | None = None
     prompt: str | None = None
     messages: Messages | None = None
@@ -307,6 +324,8 @@ class TokenizeBody(_Body):
 
 class ForkBody(_Body):
     """Body of `POST /sessions/{id}/fork`."""
+
+    model_config = _example({"session_id": "a-copy"})
 
     session_id: SessionId
     model: Name | None = None
