@@ -91,10 +91,9 @@ return {'ok'}
 _RENEW = """
 local ttl_ms, turn_ms = unpack(ARGV, 1, 2)
 for number = 2, #KEYS do
-    local id, turn = unpack(ARGV, 2 * number - 1, 2 * number)
-    if redis.call('HGET', KEYS[number], 'turn') == turn then
+    if redis.call('HGET', KEYS[number], 'turn') == ARGV[number + 1] then
         redis.call('HSET', KEYS[number], 'ends', now + turn_ms)
-        keep(KEYS[number], id, math.max(ttl_ms, turn_ms))
+        keep(KEYS[number], math.max(ttl_ms, turn_ms))
     end
 end
 return {'ok'}
@@ -198,8 +197,7 @@ class RedisSessionStore:
 
     async def renew(self, turns: Mapping[str, str]) -> None:
         """See `SessionStore.renew`."""
-        named = [name for turn_id, session_id in turns.items() for name in (session_id, turn_id)]
-        await self._run(_RENEW, tuple(turns.values()), self._ttl_ms, self._turn_ms, *named)
+        await self._run(_RENEW, tuple(turns.values()), self._ttl_ms, self._turn_ms, *turns)
 
     async def release(self, session_id: str, turn_id: str) -> None:
         """See `SessionStore.release`."""
