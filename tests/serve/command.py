@@ -124,6 +124,7 @@ def serve_command(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # out of reach of whatever interrupts the tests' own group
             env={**os.environ, **{name: str(free_port()) for name in _HAPROXY_PORTS}, **(env or {})},
         )
         served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
