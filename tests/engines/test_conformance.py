@@ -88,6 +88,33 @@ def info(started: tuple[Engine, EngineInfo]) -> EngineInfo:
     return started[1]
 
 
+def open_files() -> set[str]:
+    """Return what this process has open."""
+    return {f"{entry.name}: {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+
+
+async def test_close(config: EngineConfig, subject: Subject) -> None:
+    """Closing fails what runs and leaves no task, thread, process or file behind; closing again does nothing.
+
+    It is the first test of each engine: later another one of the kind is at work here, whose connections come and go.
+    """
+    tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
+    children = set(psutil.Process().children(recursive=True))
+    engine = Asked(build(config), subject.refuses)
+    await engine.start()
+    record = Record()
+    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
+    await record.wait()
+    await engine.close()
+    with pytest.raises(EngineError):
+        await task
+    await engine.close()
+    assert asyncio.all_tasks() == tasks
+    assert set(psutil.Process().children(recursive=True)) == children
+    await until(lambda: {thread for thread in threading.enumerate() if "asyncio" not in thread.name} <= threads)
+    await until(lambda: open_files() == files)
+
+
 async def test_info(config: EngineConfig, info: EngineInfo) -> None:
     """An engine says what it is, within the limits that it was given."""
     assert info.engine == config.kind
@@ -492,27 +519,3 @@ async def test_context_length(engine: Engine, info: EngineInfo) -> None:
     with pytest.raises(ContextLengthError, match=rf"(?s){info.max_context}.*{info.max_context}"):
         await engine.generate(make_request(prompt(longest + 1), max_new_tokens=1), emitted.emit)
     assert emitted.deltas == []
-
-
-def open_files() -> set[str]:
-    """Return what this process has open."""
-    return {f"{entry.name}: {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
-
-
-async def test_close(config: EngineConfig, subject: Subject) -> None:
-    """Closing fails what runs and leaves no task, thread, process or file behind; closing again does nothing."""
-    tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
-    children = set(psutil.Process().children(recursive=True))
-    engine = Asked(build(config), subject.refuses)
-    await engine.start()
-    record = Record()
-    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
-    await record.wait()
-    await engine.close()
-    with pytest.raises(EngineError):
-        await task
-    await engine.close()
-    assert asyncio.all_tasks() == tasks
-    assert set(psutil.Process().children(recursive=True)) == children
-    await until(lambda: {thread for thread in threading.enumerate() if "asyncio" not in thread.name} <= threads)
-    await until(lambda: open_files() == files)
