@@ -30,7 +30,7 @@ from raylm.errors import (
     PartialFailureError,
     SessionNotFoundError,
 )
-from raylm.messages import Completion, GenerationConfig, Message, Request, Status
+from raylm.messages import RAW_ROLE, Completion, GenerationConfig, Message, Request, Status
 from raylm.pool import Pool
 from raylm.served import ServedPool
 from raylm.statistics import PoolStatistics
@@ -39,9 +39,6 @@ from raylm.template import MetaTemplate, parse_messages
 
 Conversation = Sequence[Mapping[str, str] | Message]
 T = TypeVar("T")
-
-_RAW = "raw"
-"""Role of the raw prompts in the transcript of a session that `generate` keeps."""
 
 
 class AsyncChatbot:
@@ -233,13 +230,13 @@ class AsyncChatbot:
         _raw_request(inputs, config, request_id, "inputs")  # checked before a session is touched
 
         def make_request(transcript: tuple[Message, ...]) -> Request:
-            if any(message.role not in (_RAW, "assistant") for message in transcript):
+            if any(message.role not in (RAW_ROLE, "assistant") for message in transcript):
                 raise InvalidRequestError(f"session {session_id} is a conversation; go on with stream_chat")
             text = "".join(message.content for message in transcript)
             return _raw_request(text, config, request_id, "inputs", stream=False)
 
         async with self._turn(
-            (Message(_RAW, inputs),),
+            (Message(RAW_ROLE, inputs),),
             make_request,
             session_id,
             start=sequence_start,
@@ -320,7 +317,7 @@ class AsyncChatbot:
         self._chat_request(messages, config, request_id)  # checked before a session is touched
 
         def make_request(transcript: tuple[Message, ...]) -> Request:
-            if any(message.role == _RAW for message in transcript):
+            if any(message.role == RAW_ROLE for message in transcript):
                 raise InvalidRequestError(f"session {session_id} holds raw text; go on with generate")
             return self._chat_request(transcript, config, request_id, stream=stream)
 

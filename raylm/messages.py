@@ -39,6 +39,10 @@ class Status(IntEnum):
     SESSION_INVALID_ARG = -4
 
 
+RAW_ROLE = "raw"
+"""Role of the raw prompts in the transcript of a session that `generate` keeps."""
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One message of a conversation.
 

@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from raylm.engines.http import HTTPEngine
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
 from raylm.models import BUILTIN_MODELS, cache_folder, max_context, model_name, resolve
+from raylm.ports import holder
 
 _POLL_S = 0.1  # between two looks at whether a starting server listens
 _PING_S = 2.0  # between two health checks of a running one
@@ -442,39 +442,10 @@ def listen_address(config: APIServerConfig) -> tuple[str, int]:
             listener.bind((host, port))
         except OSError as error:
             raise EngineStartError(
-                f"the api_server cannot listen on {host}:{port} ({error.strerror}){_holder(port)}; end that, or set "
+                f"the api_server cannot listen on {host}:{port} ({error.strerror}){holder(port)}; end that, or set "
                 "server_port to another one, or to 0 for any that is free"
             ) from error
         return host, int(listener.getsockname()[1])
-
-
-def _holder(port: int) -> str:
-    """Return who listens on a port, as far as /proc lets this process see."""
-    inodes = {f"socket:[{inode}]" for number, inode in _listeners() if number == port}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
-            if any(_link(entry) in inodes for entry in (process / "fd").iterdir()):
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                return f": process {process.name} does, {command[:200]}"
-    return ": a process does that this user may not look at" if inodes else ""
-
-
-def _link(entry: Path) -> str:
-    try:
-        return str(entry.readlink())
-    except OSError:
-        return ""  # closed since the folder was read
-
-
-def _listeners() -> Iterator[tuple[int, str]]:
-    """Yield port and socket inode of everything that listens. Source: proc(5), /proc/net/tcp."""
-    listen = "0A"
-    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        if table.exists():
-            for row in table.read_text().splitlines()[1:]:
-                columns = row.split()
-                if columns[3] == listen:
-                    yield int(columns[1].rpartition(":")[2], 16), columns[9]
 
 
 async def _listens(host: str, port: int) -> bool:

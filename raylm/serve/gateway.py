@@ -38,7 +38,7 @@ from raylm.errors import (
     RequestTooLargeError,
     SessionNotFoundError,
 )
-from raylm.messages import Completion, GenerationConfig, Lane, Message, Request, Status
+from raylm.messages import RAW_ROLE, Completion, GenerationConfig, Lane, Message, Request, Status
 from raylm.serve.document import describe
 from raylm.serve.door import Door, facts, note
 from raylm.serve.metrics import CONTENT_TYPE, render
@@ -75,9 +75,6 @@ from raylm.stream import Stream
 
 _RETRY_AFTER_S = 1.0
 """What a client is told where an error does not say itself when to come again."""
-
-_RAW = "raw"
-"""Role of the raw prompts in the transcript of a session that `/generate` keeps; the same as in `raylm.chatbot`."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -204,7 +201,7 @@ class Gateway:
                 raise InvalidRequestError("prompt: a session takes one prompt of text at a time")
             turn = self._turn(
                 served,
-                (Message(_RAW, prompts[0]),),
+                (Message(RAW_ROLE, prompts[0]),),
                 lambda transcript: _raw_request(request_id, _raw_text(transcript), config),
                 session_id,
                 start=bool(body.sequence_start),
@@ -242,7 +239,7 @@ class Gateway:
             raise InvalidRequestError("inputs: the prompt is empty; send at least one character")
         turn = self._turn(
             served,
-            (Message(_RAW, body.inputs),),
+            (Message(RAW_ROLE, body.inputs),),
             lambda transcript: _raw_request(request_id, _raw_text(transcript), config),
             session_id,
             start=body.sequence_start,
@@ -550,7 +547,7 @@ def _only_one_choice(n: int | None) -> None:
 def _chat_request(
     served: ServedPool, request_id: str, messages: tuple[Message, ...], config: GenerationConfig
 ) -> Request:
-    if any(message.role == _RAW for message in messages):
+    if any(message.role == RAW_ROLE for message in messages):
         raise InvalidRequestError("session_id: that session holds raw text; go on with /generate or /v1/completions")
     if served.template is not None:
         return Request(request_id=request_id, prompt=served.template.render(messages), config=config)
@@ -564,7 +561,7 @@ def _raw_request(request_id: str, prompt: str | tuple[int, ...], config: Generat
 
 
 def _raw_text(transcript: Sequence[Message]) -> str:
-    if any(message.role not in (_RAW, "assistant") for message in transcript):
+    if any(message.role not in (RAW_ROLE, "assistant") for message in transcript):
         raise InvalidRequestError("session_id: that session is a conversation; go on with a chat route")
     return "".join(message.content for message in transcript)
 
