@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
+import re
 import signal
 import subprocess
 import sys
@@ -44,10 +44,11 @@ class ServeCommand:
         process: The command.
     """
 
-    def __init__(self, url: str, process: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.url = url
         self.process = process
         self.log = log
+        self._asked_to_end = False
 
     def get(self, path: str, **rest: Any) -> requests.Response:
         """Send a GET request."""
@@ -82,8 +83,14 @@ class ServeCommand:
                 continue
         return sorted(found, key=lambda process: process.create_time())
 
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether it is gone though nobody has stopped it."""
+        return self.process.poll() is not None and not self._asked_to_end
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """End it and return its exit code."""
+        self._asked_to_end = True
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(_STOP_TIMEOUT_S)
@@ -119,18 +126,19 @@ def serve_command(
             "--address",
             "local",
         ]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # out of reach of whatever interrupts the tests' own group
-            env={**os.environ, **{name: str(free_port()) for name in _HAPROXY_PORTS}, **(env or {})},
-        )
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                start_new_session=True,  # out of reach of whatever interrupts the tests' own group
+                env={**os.environ, **{name: str(free_port()) for name in _HAPROXY_PORTS}, **(env or {})},
+            )
         served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
         try:
             _wait_until_up(process, log)
             yield served
+            assert not served.ended_by_itself, f"raylm serve ended while tests used it:\n{log.read_text()}"
         finally:
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             try:
@@ -140,8 +148,6 @@ def serve_command(
                 for child in alive:  # a test has broken what should have ended them
                     child.kill()
                 process.kill()
-            if process.stderr is not None:
-                process.stderr.close()
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -152,19 +158,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-def _wait_until_up(process: subprocess.Popen[str], log: Path) -> None:
-    if process.stderr is None:
-        raise AssertionError("unreachable: stderr is a pipe")
+def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    said = ""
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([process.stderr], [], [], 1.0)
-        if ready:
-            line = process.stderr.readline()
-            said += line
-            if line.startswith("serving "):
-                log.write_text(said)
-                return
-            if not line:
-                break
-    raise AssertionError(f"raylm serve did not come up:\n{said}")
+    while re.search(r"^serving .*\n", log.read_text(), re.MULTILINE) is None:
+        assert process.poll() is None, f"raylm serve did not come up:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"raylm serve took too long:\n{log.read_text()}"
+        time.sleep(0.2)
