@@ -475,13 +475,13 @@ def test_redis_does_what_memory_does(redis_server: RedisServer) -> None:
     class Machine(Operations):
         def __init__(self) -> None:
             super().__init__()
-            self.runner = asyncio.Runner()
+            self.loop = asyncio.new_event_loop()  # a Runner would drop the present one unclosed
             self.sides: list[Sessions] = [PlainSessions(CONFIG), found := RedisSessions(CONFIG, redis_server.url)]
-            self.runner.run(found.clear())
+            self.loop.run_until_complete(found.clear())
             self.stores = [side.connect() for side in self.sides]
 
         def run(self, operation: Operation) -> None:
-            memory, redis = [self.runner.run(outcome(store, operation)) for store in self.stores]
+            memory, redis = [self.loop.run_until_complete(outcome(store, operation)) for store in self.stores]
             assert memory == redis
 
         @rule(session=SESSIONS, slot=SLOTS, moved_from=st.none() | SLOTS)
@@ -491,14 +491,14 @@ def test_redis_does_what_memory_does(redis_server: RedisServer) -> None:
         @rule(seconds=WAITS)
         def wait(self, seconds: float) -> None:
             for side in self.sides:
-                self.runner.run(side.wait(seconds))
+                self.loop.run_until_complete(side.wait(seconds))
 
         def teardown(self) -> None:
             for session in "abcd":
                 self.load(session)
             for store in self.stores:
-                self.runner.run(store.aclose())
-            self.runner.close()
+                self.loop.run_until_complete(store.aclose())
+            self.loop.close()
 
     run_state_machine_as_test(
         Machine,
@@ -556,14 +556,14 @@ class DyingStore(Operations):
 
     def __init__(self) -> None:
         super().__init__()
-        self.runner = asyncio.Runner()
+        self.loop = asyncio.new_event_loop()  # a Runner would drop the present one unclosed
         self.immortal = PlainSessions(CONFIG)
         self.clock = Clock()
         self.mortal = HeldByPools(self.clock)
 
     def run(self, operation: Operation) -> None:
-        expected = self.runner.run(outcome(self.immortal.connect(), operation))
-        assert self.runner.run(outcome(self.mortal, operation)) == expected
+        expected = self.loop.run_until_complete(outcome(self.immortal.connect(), operation))
+        assert self.loop.run_until_complete(outcome(self.mortal, operation)) == expected
 
     @rule(pool=st.integers(0, 2))
     def another_pool_asks(self, pool: int) -> None:
@@ -576,12 +576,12 @@ class DyingStore(Operations):
     @rule(seconds=WAITS)
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.runner.run(self.immortal.wait(seconds))
+        self.loop.run_until_complete(self.immortal.wait(seconds))
 
     def teardown(self) -> None:
         for session in "abcd":
             self.load(session)
-        self.runner.close()
+        self.loop.close()
 
 
 DyingStore.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

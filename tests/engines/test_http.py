@@ -270,7 +270,7 @@ async def test_url_of_something_else() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(tree(requests.RequestException), key=lambda kind: kind.__name__))
-def test_every_error_of_requests_fails_the_start(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_error_of_requests_fails_the_start(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever requests raises is an EngineStartError that names the server."""
 
     def fail(*_: object, **__: object) -> None:
@@ -279,7 +279,7 @@ def test_every_error_of_requests_fails_the_start(kind: type[Exception], monkeypa
     monkeypatch.setattr(requests.Session, "get", fail)
     engine = HTTPEngine(HTTPConfig(url="http://there", connect_timeout_s=0.001))
     with pytest.raises(EngineStartError, match="http://there"):
-        asyncio.run(engine.start())
+        await engine.start()
 
 
 @pytest.fixture(scope="module")

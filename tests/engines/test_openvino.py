@@ -42,8 +42,8 @@ async def engine() -> AsyncIterator[OpenVINOEngine]:
 
 
 def children() -> list[psutil.Process]:
-    """Return the child processes of this one."""
-    return psutil.Process().children()
+    """Return the engines' child processes of this one."""
+    return [process for process in psutil.Process().children() if "raylm.engines.openvino_worker" in process.cmdline()]
 
 
 async def test_text_does_not_depend_on_the_batch(engine: OpenVINOEngine) -> None:
