@@ -356,11 +356,19 @@ class AsyncChatbot:
             for message in (await self._sessions().load(str(session_id))).messages
         ]
 
-    def request(self, *, prompt: object = None, messages: object = None, **overrides: Any) -> Request:
+    def request(
+        self,
+        *,
+        prompt: object = None,
+        prompt_token_ids: tuple[int, ...] | None = None,
+        messages: object = None,
+        **overrides: Any,
+    ) -> Request:
         """Return the request of one prompt or one conversation, to give to `pool`.
 
         Args:
             prompt: Raw text; no template is applied.
+            prompt_token_ids: The model's tokens, in place of `prompt`.
             messages: A conversation, in place of `prompt`. The template is applied.
             overrides: As in `generate`.
 
@@ -368,9 +376,11 @@ class AsyncChatbot:
             InvalidRequestError: both or neither of `prompt` and `messages`, an unknown role, wrong types, or an unknown
                 or wrong parameter.
         """
-        if (prompt is None) == (messages is None):
+        if [prompt, prompt_token_ids, messages].count(None) != 2:
             raise InvalidRequestError("give either prompt or messages")
         config = self._config.updated(overrides)
+        if prompt_token_ids is not None:
+            return Request(request_id=uuid.uuid4().hex, prompt_token_ids=prompt_token_ids, config=config)
         if messages is None:
             return _raw_request(prompt, config, None, "prompt")
         return self._chat_request(parse_messages(messages), config)

@@ -21,11 +21,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import (
     AbstractContextManager,
-    ExitStack,
-    aclosing,
     asynccontextmanager,
     closing,
     nullcontext,
@@ -34,25 +32,26 @@ from contextlib import (
 )
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO, TypeVar
 
 import typer
 import uvloop
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from raylm import heap
 from raylm._version import __version__
-from raylm.config import Backend, EngineConfig, ServeConfig
+from raylm.config import Backend, BatchConfig, EngineConfig, ServeConfig
 from raylm.errors import CapacityError, EngineStartError, InvalidRequestError, RaylmError
 from raylm.messages import GenerationConfig, Status
 
 if TYPE_CHECKING:
-    from raylm.api import AsyncLMDeployPipeline, LMDeployPipeline
-    from raylm.batch import Tally
+    from raylm.api import LMDeployPipeline
+    from raylm.batch import Reading, Tally
+    from raylm.chatbot import AsyncChatbot
 
 _FAILED = 1
 _WRONG = 2
@@ -66,20 +65,61 @@ _EXIT_CODES = (
 _LINE_INTERVAL_S = 10.0
 """How often a batch tells its progress where there is no terminal."""
 
+_SHOW_INTERVAL_S = 0.25
+
 _CHAT_HELP = "/new begins another conversation, /exit or Ctrl-D ends, Ctrl-C stops the answer, /help shows this"
 
 _DEFAULTS = GenerationConfig()
+_DEFAULT_MODEL = "smollm2-135m-instruct"
+_BATCH = BatchConfig()
 
 T = TypeVar("T")
 
 _Prompts = Annotated[
     list[str], typer.Argument(metavar="PROMPT", help="Raw prompts; - reads one from stdin.", show_default=False)
 ]
-_Input = Annotated[
-    str, typer.Argument(metavar="IN", help="Rows, one JSON object a line; - is stdin.", show_default=False)
-]
+_Input = Annotated[str, typer.Argument(metavar="IN", help="Rows; - is stdin, JSON Lines.", show_default=False)]
 _Output = Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="Where the rows go; - is stdout.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, and what an interrupted run left of it.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew: forget OUT and what it was made of.")]
+_Prompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help=r"Raw prompt, with columns in braces: 'Q: {question}\nA:'", show_default=False),
+]
+_Message = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="The same, for a conversation of one message.", show_default=False),
+]
+_Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=COLUMN", help="Which column is prompt, messages or id.", show_default=False),
+]
+_Format = Annotated[
+    Literal["jsonl", "csv", "parquet"] | None,
+    typer.Option("--format", help="Of IN; else by its name.", show_default=False),
+]
+_Retries = Annotated[int, typer.Option(min=0, help="How often a failed row is asked again, where that may help.")]
+_Timeout = Annotated[
+    float | None, typer.Option(min=0.001, help="Seconds for a row, since an actor got it.", show_default=False)
+]
+_MaxFailures = Annotated[
+    str | None, typer.Option(metavar="N|P%", help="Stop when more rows have failed.", show_default=False)
+]
+_FinishAt = Annotated[str, typer.Option(metavar="P%", help="Give the rest up when so many rows are answered.")]
+_ShareEqual = Annotated[bool, typer.Option(help="Ask equal greedy rows once.")]
+_Hedge = Annotated[bool, typer.Option(help="Send the last slow rows to a second actor too.")]
+_Shard = Annotated[
+    str | None, typer.Option(metavar="I/N", help="Answer one of N parts, into a ledger of its own.", show_default=False)
+]
+_Merge = Annotated[bool, typer.Option("--merge", help="Put the parts together; asks nothing.")]
+_Pool = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Ask a model that is being served.", show_default=False)
+]
+_Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Ask a server of OpenAI's protocol; its key is in RAYLM_API_KEY.", show_default=False
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object a prompt, with usage and receipt.")]
 _System = Annotated[str | None, typer.Option(help="System message of the conversation.", show_default=False)]
 _Session = Annotated[str, typer.Option(metavar="ID", help="Name of the session.")]
@@ -87,6 +127,9 @@ _Kill = Annotated[bool, typer.Option("--kill", help="Kill one actor's process in
 
 _Model = Annotated[
     str, typer.Option("--model", "-m", help="A built-in alias, a GGUF file, a model folder or a hub id.")
+]
+_OptionalModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="As in the other verbs.", show_default=_DEFAULT_MODEL)
 ]
 _Proxy = Literal["auto", "haproxy", "python"]
 _Replicas = Annotated[int, typer.Option(min=1, help="Actors that serve the model.")]
@@ -173,7 +216,7 @@ def generate(
     repetition_penalty: _Penalty = None,
     stop: _Stop = None,
     seed: _Seed = None,
-    model: _Model = "smollm2-135m-instruct",
+    model: _Model = _DEFAULT_MODEL,
     replicas: _Replicas = 1,
     tp: _Tp = 1,
     backend: _Backend = "auto",
@@ -185,7 +228,7 @@ def generate(
     A conversation is `raylm chat`'s, which reads stdin too: echo "What is a star?" | raylm chat
     """
     from raylm.api import AsyncLMDeployPipeline
-    from raylm.batch import Result, encode_row
+    from raylm.batch.outputs import Result, encode_row
 
     sampling = _sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     pipeline = AsyncLMDeployPipeline(
@@ -224,7 +267,7 @@ def chat(
     repetition_penalty: _Penalty = None,
     stop: _Stop = None,
     seed: _Seed = None,
-    model: _Model = "smollm2-135m-instruct",
+    model: _Model = _DEFAULT_MODEL,
     replicas: _Replicas = 1,
     tp: _Tp = 1,
     backend: _Backend = "auto",
@@ -258,6 +301,10 @@ def batch(
     *,
     output: _Output = "-",
     overwrite: _Overwrite = False,
+    prompt: _Prompt = None,
+    message: _Message = None,
+    column: _Column = None,
+    file_format: _Format = None,
     max_new_tokens: _MaxNewTokens = None,
     temperature: _Temperature = None,
     top_p: _TopP = None,
@@ -265,53 +312,61 @@ def batch(
     repetition_penalty: _Penalty = None,
     stop: _Stop = None,
     seed: _Seed = None,
-    model: _Model = "smollm2-135m-instruct",
+    retries: _Retries = _BATCH.retries,
+    timeout: _Timeout = None,
+    max_failures: _MaxFailures = None,
+    finish_at: _FinishAt = "100%",
+    share_equal: _ShareEqual = True,
+    hedge: _Hedge = True,
+    shard: _Shard = None,
+    merge: _Merge = False,
+    pool: _Pool = None,
+    url: _Url = None,
+    model: _OptionalModel = None,
     replicas: _Replicas = 1,
     tp: _Tp = 1,
     backend: _Backend = "auto",
     engine_config: _EngineSettings = None,
     address: _Address = None,
 ) -> None:
-    """Answer rows of JSON with rows of JSON, in the same order.
+    """Answer every row of a file once, in order, whatever dies on the way: the same command goes on where it was.
 
-    IN: "prompt" (raw text) or "messages" (a conversation). If need be, "id" and generation parameters of the row.
+    IN: JSON Lines, CSV, Parquet, gzipped or not, or an OpenAI batch file. A row has "prompt" (raw text) or "messages"
+    (a conversation), and if need be "id" and generation parameters; or --prompt, --message and --column say what is
+    made of its columns.
 
-    OUT: "id" (else the line's number, from 1), "text", "finish_reason", "usage", "receipt"; or "id" and "error".
-
-    A wrong row fails alone. Until the last row is there, the rows are in OUT.partial.
+    OUT: for each row "id" (else its line's number, from 1), "text", "finish_reason", "usage", "receipt"; or "id" and
+    "error". What was answered is in OUT.ledger; until the last row is there, the first ones are in OUT.partial.
     """
-    from raylm.api import AsyncLMDeployPipeline
-    from raylm.batch import Tally, output_file
+    from raylm.batch import Reading, merge_shards
+    from raylm.batch.rows import count_rows
 
     sampling = _sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    pipeline = AsyncLMDeployPipeline(
-        model, tp=tp, replicas=replicas, backend=backend, backend_config=_engine(engine_config), address=address
+    part = _parse_shard(shard)
+    config = BatchConfig(
+        retries=retries,
+        timeout_s=timeout,
+        max_failures=_parse_share(max_failures, "--max-failures"),
+        finish_at=_parse_share(finish_at, "--finish-at"),
+        share_equal=share_equal,
+        hedge=hedge,
     )
-    tally = Tally()
-    with ExitStack() as files:
-        target: BinaryIO
-        try:
-            rows = files.enter_context(_open_input(source))
-        except OSError as error:
-            raise typer.BadParameter(f"{source}: {error.strerror}", param_hint="IN") from None
-        try:
-            target = files.enter_context(
-                nullcontext(sys.stdout.buffer) if output == "-" else output_file(Path(output), overwrite=overwrite)
-            )
-        except FileExistsError as error:
-            raise typer.BadParameter(f"{error} (--overwrite)", param_hint="--output") from None
-        except OSError as error:
-            raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from None
-        # A bar and rows on one terminal would be drawn over each other.
-        bar = _console.is_terminal and not target.isatty()
-        progress = _BatchProgress(bar=bar, num_rows=_count_rows(source) if bar else None)
-        try:
-            _run(_batch(pipeline, rows, target, sampling, tally, progress))
-        except BaseException:
-            if output != "-" and tally.num_rows:
-                _say(f"it ended early: the first {tally.num_rows} rows are in {output}.partial")
-            raise
-    progress.summarize(tally)
+    columns = dict(_parse_column(text) for text in column or ())
+    reading = Reading(
+        format=file_format, columns=columns, prompt=_with_newlines(prompt), message=_with_newlines(message)
+    )
+    path = None if source == "-" else Path(source)
+    if path is not None and not path.exists():
+        raise typer.BadParameter(f"{source}: No such file", param_hint="IN")
+    if output == "-" and (part[1] > 1 or merge or overwrite):
+        raise typer.BadParameter("a job in parts, or one that goes on, needs a file", param_hint="--output")
+    total = count_rows(path, reading) if path is not None and path.is_file() else None
+    if merge:
+        tally = merge_shards(Path(output), total, overwrite=overwrite)
+        _say(f"{tally.num_rows} rows of all shards are in {output}, {tally.num_failed} failed")
+    else:
+        target = _target(pool, url, model, replicas, tp, backend, engine_config, address)
+        tally = _run_batch(target, path, output, reading, config, part, total, sampling, overwrite=overwrite)
     if tally.num_failed:
         raise typer.Exit(_FAILED)
 
@@ -320,7 +375,7 @@ def batch(
 def demo(
     *,
     kill: _Kill = False,
-    model: _Model = "smollm2-135m-instruct",
+    model: _Model = _DEFAULT_MODEL,
     replicas: _Replicas = 1,
     tp: _Tp = 1,
     backend: _Backend = "auto",
@@ -459,51 +514,178 @@ def _starting(model: str, replicas: int) -> AbstractContextManager[object]:
 
 
 @asynccontextmanager
-async def _started(pipeline: AsyncLMDeployPipeline) -> AsyncGenerator[None, None]:
-    with _starting(pipeline.path, pipeline.replicas):
-        await pipeline.start()
+async def _started(chatbot: AsyncChatbot, target: dict[str, Any] | None = None) -> AsyncGenerator[None, None]:
+    with _waiting_for(chatbot, target):
+        await chatbot.start()
     try:
         yield
     finally:
-        await pipeline.aclose()
+        await chatbot.aclose()
+
+
+def _waiting_for(chatbot: AsyncChatbot, target: dict[str, Any] | None) -> AbstractContextManager[object]:
+    from raylm.api import AsyncLMDeployPipeline
+
+    if isinstance(chatbot, AsyncLMDeployPipeline):
+        return _starting(chatbot.path, chatbot.replicas)
+    named = {} if target is None else target
+    return _console.status(f"connecting to {named.get('name') or named.get('url')}")
 
 
 # Batch
 
 
-def _open_input(source: str) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb")
+def _parse_shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise typer.BadParameter(f"expected I/N with I from 1 to N, got {text}", param_hint="--shard")
+    return int(number), int(count)
 
 
-async def _batch(
-    pipeline: AsyncLMDeployPipeline,
-    rows: BinaryIO,
-    target: BinaryIO,
+def _parse_share(text: str | None, option: str) -> Any:
+    """Return a number, or a share of 1 for one with a percent sign."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or a percentage, got {text}", param_hint=option) from None
+    if not text.endswith("%"):
+        return value
+    if not 0 < value <= 100:
+        raise typer.BadParameter(f"expected above 0 and up to 100%, got {text}", param_hint=option)
+    return value / 100
+
+
+def _parse_column(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"expected NAME=COLUMN, got {text}", param_hint="--column")
+    return name, column
+
+
+def _with_newlines(text: str | None) -> str | None:
+    """Return what is meant by a template in which a shell has left newlines and tabs spelled out."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _target(
+    pool: str | None,
+    url: str | None,
+    model: str | None,
+    replicas: int,
+    tp: int,
+    backend: Backend,
+    engine_config: str | None,
+    address: str | None,
+) -> dict[str, Any]:
+    """Return who is to answer, in the words that a ledger keeps."""
+    if pool is not None and url is not None:
+        raise typer.BadParameter("either --pool or --url", param_hint="--pool")
+    if (pool or url) and engine_config is not None:
+        raise typer.BadParameter("it is for actors that this command starts", param_hint="--engine-config")
+    if pool is not None:
+        return {"kind": "pool", "name": pool, "address": address}
+    if url is not None:
+        return {"kind": "url", "url": url, "model": model, "address": address}
+    engine = _engine(engine_config)
+    return {
+        "kind": "pipeline",
+        "path": model or _DEFAULT_MODEL,
+        "tp": tp,
+        "replicas": replicas,
+        "backend": backend,
+        "engine_config": None if engine is None else engine.model_dump(mode="json"),
+        "address": address,
+    }
+
+
+def _chatbot(target: dict[str, Any]) -> AsyncChatbot:
+    from raylm.api import AsyncLMDeployClient, AsyncLMDeployPipeline
+    from raylm.chatbot import AsyncServedModel
+
+    if target["kind"] == "pool":
+        return AsyncServedModel(target["name"], address=target["address"])
+    if target["kind"] == "url":
+        key = os.environ.get("RAYLM_API_KEY")
+        return AsyncLMDeployClient(target["url"], target["model"], api_key=key, address=target["address"])
+    config = target["engine_config"]
+    return AsyncLMDeployPipeline(
+        target["path"],
+        tp=target["tp"],
+        replicas=target["replicas"],
+        backend=target["backend"],
+        backend_config=None if config is None else TypeAdapter(EngineConfig).validate_python(config),
+        address=target["address"],
+    )
+
+
+def _run_batch(
+    target: dict[str, Any],
+    source: Path | None,
+    output: str,
+    reading: Reading,
+    config: BatchConfig,
+    shard: tuple[int, int],
+    total: int | None,
     sampling: dict[str, Any],
-    tally: Tally,
-    progress: _BatchProgress,
-) -> None:
-    from raylm.batch import encode_row, read_rows, run_batch
+    *,
+    overwrite: bool,
+) -> Tally:
+    from raylm.batch import Tally, check_output, run_batch_async
 
-    def write(line: bytes) -> None:
-        target.write(line)
-        target.flush()
+    chatbot = _chatbot(target)
+    chatbot.request(prompt="x", **sampling)
+    if output != "-":
+        check_output(Path(output), shard, overwrite=overwrite)
+    tally = Tally()
 
-    async with _started(pipeline):
-        with progress:
-            async with aclosing(run_batch(pipeline, read_rows(rows), defaults=sampling)) as results:
-                async for row, result in results:
-                    # In a thread: a pipe that nobody reads would stop the pool's event loop.
-                    await asyncio.to_thread(write, encode_row(row.id, result))
-                    tally.add(result)
-                    progress.show(tally)
+    async def work() -> Tally:
+        nonlocal tally
+        async with _started(chatbot, target):
+            # A bar and rows on one terminal would be drawn over each other.
+            bar = _console.is_terminal and not (output == "-" and stdout.isatty())
+
+            def begun(present: Tally) -> None:
+                nonlocal tally
+                tally = present
+
+            async with _BatchProgress(lambda: tally, chatbot, bar=bar) as progress:
+                await run_batch_async(
+                    chatbot,
+                    source,
+                    stdout if output == "-" else Path(output),
+                    config=config,
+                    reading=reading,
+                    overwrite=overwrite,
+                    shard=shard,
+                    settings={"target": target},
+                    total=total,
+                    begun=begun,
+                    **sampling,
+                )
+            progress.summarize()
+            return tally
+
+    stdout = sys.stdout.buffer
+    try:
+        return _run(work())
+    except BaseException:
+        if output != "-" and tally.num_rows:
+            _say(f"it ended early: {_counts(tally)}. The same command goes on from there")
+        raise
 
 
 class _BatchProgress:
-    """Tells how far a batch is: with a bar on a terminal, else with a line now and then."""
+    """Tells how far a batch is, a few times a second: with a bar on a terminal, else with a line now and then."""
 
-    def __init__(self, *, bar: bool, num_rows: int | None) -> None:
+    def __init__(self, tally: Callable[[], Tally], chatbot: AsyncChatbot, *, bar: bool) -> None:
+        self._tally = tally
+        self._chatbot = chatbot
         self._began_at = self._told_at = self._ended_at = 0.0
+        self._task: asyncio.Task[None] | None = None
         self._bar: Progress | None = None
         if bar:
             self._bar = Progress(
@@ -511,57 +693,83 @@ class _BatchProgress:
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
                 console=_console,
                 transient=True,
             )
-            self._bar.add_task("", total=num_rows)
+            self._bar.add_task("", total=None)
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         self._began_at = self._told_at = time.monotonic()
         if self._bar is not None:
             self._bar.start()
+        self._task = asyncio.create_task(self._tell())
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended_at = time.monotonic()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         if self._bar is not None:
+            self._show()
             self._bar.stop()
 
-    def show(self, tally: Tally) -> None:
-        """Take the latest figures."""
-        now = time.monotonic()
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(_SHOW_INTERVAL_S)
+            self._show()
+
+    def _show(self) -> None:
+        tally, now = self._tally(), time.monotonic()
+        seconds = max(now - self._began_at, 0.001)
+        left = tally.tokens_left
+        rate = tally.num_tokens / seconds
+        eta = f", {_duration(left / rate)} left" if left is not None and rate and tally.num_answered else ""
+        slots = self._chatbot.statistics().slots
+        num_up = sum(slot.state == "up" for slot in slots)
+        down = "" if num_up == len(slots) else f", {num_up} of {len(slots)} actors up"
         if self._bar is not None:
-            description = f"{tally.num_failed} failed, {_rates(tally, now - self._began_at)}"
-            self._bar.update(self._bar.task_ids[0], completed=tally.num_rows, description=description)
+            retried = f", {tally.num_retries} retried" if tally.num_retries else ""
+            description = f"{tally.num_failed} failed{retried}, {_rates(tally, seconds)}{eta}{down}"
+            self._bar.update(
+                self._bar.task_ids[0], completed=tally.num_done, total=tally.total, description=description
+            )
         elif now - self._told_at > _LINE_INTERVAL_S:
             self._told_at = now
-            _say(f"{_counts(tally)}, {_rates(tally, now - self._began_at)}")
+            _say(f"{_counts(tally)}, {_rates(tally, seconds)}{eta}{down}")
 
-    def summarize(self, tally: Tally) -> None:
+    def summarize(self) -> None:
         """Say how it went, from entering to leaving, and which slot did how much."""
-        seconds = self._ended_at - self._began_at
+        tally = self._tally()
+        seconds = max(self._ended_at - self._began_at, 0.001)
         _say(f"{_counts(tally)} in {seconds:.1f} s, {_rates(tally, seconds)}")
         for (slot, node), num_tokens in sorted(tally.tokens_by_slot.items()):
             share = num_tokens / max(1, tally.num_tokens)
             _say(f"slot {slot} on {node}: {tally.rows_by_slot[slot, node]} rows, {num_tokens} tokens ({share:.0%})")
 
 
-def _count_rows(source: str) -> int | None:
-    if not Path(source).is_file():
-        return None
-    with Path(source).open("rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
 def _counts(tally: Tally) -> str:
-    return f"{tally.num_rows} rows, {tally.num_failed} failed, {tally.num_tokens} tokens"
+    more = {
+        "answered before": tally.num_kept,
+        "changed since": tally.num_changed,
+        "the same as another": tally.num_shared,
+        "retries": tally.num_retries,
+        "sent twice": tally.num_hedged,
+    }
+    told = "".join(f", {count} {what}" for what, count in more.items() if count)
+    return f"{tally.num_done} rows, {tally.num_failed} failed, {tally.num_tokens} tokens{told}"
 
 
 def _rates(tally: Tally, seconds: float) -> str:
-    return f"{tally.num_rows / seconds:.1f} rows/s, {tally.num_tokens / seconds:.0f} tokens/s"
+    return f"{(tally.num_answered + tally.num_failed) / seconds:.1f} rows/s, {tally.num_tokens / seconds:.0f} tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 # Chat

@@ -250,6 +250,8 @@ class PoolConfig(_Config):
             long while other requests of the same slot get tokens.
         health_timeout_s: How long an actor under suspicion has to answer a health check before it is replaced.
         batch_share: Share of dispatches that the batch lane keeps while the interactive lane has work, 0 to 1.
+        interactive_reserve: Share of each slot's capacity that the batch lane leaves free, so that an interactive
+            request finds room at once whatever batch jobs run, 0 to 1. Of a capacity above 1 it is one at least.
         max_pins: Sessions whose slot the pool remembers; the least recently used is forgotten.
     """
 
@@ -259,7 +261,30 @@ class PoolConfig(_Config):
     token_gap_timeout_s: PositiveFloat = 20
     health_timeout_s: PositiveFloat = 10
     batch_share: float = Field(default=0.1, ge=0, le=1)
+    interactive_reserve: float = Field(default=0, ge=0, lt=1)
     max_pins: int = Field(default=1_000_000, ge=1)
+
+
+class BatchConfig(_Config):
+    """How a batch job retries and when it gives up.
+
+    Attributes:
+        retries: How often a row that failed is asked again, where that may help. The pool has tried several actors by
+            then. Rows that are refused, and rows that took two actors down with them, are not asked again.
+        timeout_s: Limit on the time since an actor first got a row; None: no limit.
+        max_failures: The job stops when more rows than this have failed; a share of all rows where it is below 1.
+            None: no limit.
+        finish_at: Share of the rows, above 0 to 1. When so many are answered, the rest is given up, listed as failed.
+        share_equal: Ask equal greedy rows once, and give each the answer.
+        hedge: Send the last rows to a second slot when the first is much slower than usual; the first answer counts.
+    """
+
+    retries: int = Field(default=3, ge=0)
+    timeout_s: PositiveFloat | None = None
+    max_failures: float | None = Field(default=None, ge=0)
+    finish_at: float = Field(default=1, gt=0, le=1)
+    share_equal: bool = True
+    hedge: bool = True
 
 
 class EngineGroup(_Config):
@@ -299,7 +324,7 @@ class ModelConfig(_Config):
     name: str = Field(min_length=1, max_length=200)
     engines: tuple[EngineGroup, ...] = Field(min_length=1)
     meta_template: Literal["internlm2", "chatml"] | list[dict[str, Any]] | None = None
-    pool: PoolConfig = PoolConfig(max_queued=10_000)
+    pool: PoolConfig = PoolConfig(max_queued=10_000, interactive_reserve=1 / 16)
     sessions: SessionConfig = SessionConfig()
 
     def slots(self) -> list[EngineConfig]:

@@ -11,7 +11,6 @@ import signal
 import socket
 import textwrap
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from rich.console import Console
@@ -20,7 +19,6 @@ from rich.text import Text
 
 from raylm.actors.cluster import nodes
 from raylm.api import AsyncLMDeployPipeline
-from raylm.batch import Row, Tally, run_batch
 from raylm.errors import InvalidRequestError, RaylmError
 from raylm.messages import Status
 
@@ -115,40 +113,40 @@ def _show_slots(pipeline: AsyncLMDeployPipeline, console: Console) -> None:
 
 async def _show_batch(pipeline: AsyncLMDeployPipeline, console: Console, *, kill: bool) -> int:
     console.rule(f"a batch of {len(QUESTIONS)} questions")
-    tally = Tally()
-    num_moved = 0
+    requests = [
+        pipeline.request(
+            messages=[{"role": "user", "content": question}],
+            max_new_tokens=_ROW_TOKENS[index % len(_ROW_TOKENS)],
+            temperature=0,
+        )
+        for index, question in enumerate(QUESTIONS)
+    ]
+    num_tokens = num_failed = num_moved = 0
+    shown_kill = kill
     began_at = time.monotonic()
-    async with aclosing(run_batch(pipeline, _questions())) as results:
-        async for row, result in results:
-            if kill and not tally.num_rows:
+    async with aclosing(pipeline.pool.as_completed(requests)) as results:
+        async for index, result in results:
+            if kill:
+                kill = False  # once is enough
                 _kill_busiest(pipeline, console)
-            tally.add(result)
-            console.print(Text(f"{row.number:2}  {QUESTIONS[row.number - 1]}", style="bold"))
+            console.print(Text(f"{index + 1:2}  {QUESTIONS[index]}", style="bold"))
             if isinstance(result, RaylmError):
+                num_failed += 1
                 console.print(_failure(result, console))
                 continue
             receipt = result.receipt
+            num_tokens += result.usage.completion_tokens
             num_moved += receipt.why.startswith("moved")
             console.print(_said(result.text, console))
             console.print(_note(f"{result.usage.completion_tokens} tokens, slot {receipt.slot}, {receipt.why}"))
     seconds = time.monotonic() - began_at
     console.print(
-        f"{tally.num_rows - tally.num_failed} of {len(QUESTIONS)} questions answered in {seconds:.1f} s, "
-        f"{tally.num_tokens} tokens, {tally.num_tokens / seconds:.0f} tokens/s"
+        f"{len(QUESTIONS) - num_failed} of {len(QUESTIONS)} questions answered in {seconds:.1f} s, "
+        f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s"
     )
-    if kill:
+    if shown_kill:
         console.print(f"{num_moved} of them were in the killed process and were answered by another")
-    return tally.num_failed
-
-
-async def _questions() -> AsyncIterator[Row]:
-    for number, question in enumerate(QUESTIONS, 1):
-        fields = {
-            "messages": [{"role": "user", "content": question}],
-            "max_new_tokens": _ROW_TOKENS[(number - 1) % len(_ROW_TOKENS)],
-            "temperature": 0,
-        }
-        yield Row(number=number, id=number, fields=fields)
+    return num_failed
 
 
 def _kill_busiest(pipeline: AsyncLMDeployPipeline, console: Console) -> None:

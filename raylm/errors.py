@@ -7,6 +7,8 @@
     |  |- RequestTooLargeError 413  the HTTP body is longer than the endpoint takes
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
+    |- OutputBusyError 409          another process writes that output of a batch job
+    |- TooManyFailuresError 500     a batch job was stopped because so many rows failed
     |- SessionError
     |  |- SessionNotFoundError 404  never started, ended, or expired
     |  |- SessionBusyError 409      another turn of this session is running
@@ -92,6 +94,16 @@ class AuthenticationError(RaylmError):
     """The API key is missing or wrong."""
 
     status_code = 401
+
+
+class OutputBusyError(RaylmError):
+    """Another process works on the batch job with that output."""
+
+    status_code = 409
+
+
+class TooManyFailuresError(RaylmError):
+    """A batch job was stopped because more of its rows failed than it was told to bear."""
 
 
 class SessionError(RaylmError):

@@ -284,6 +284,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         max_context: Prompt and generated tokens together, at most.
         capacity: How many requests it works on at a time; more would only wait inside it.
         device: Where it computes, for people.
+        fingerprint: Digest of the model's files and of what else decides its answers; "" where the engine cannot tell.
     """
 
     engine: str
@@ -292,6 +293,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int
     capacity: int
     device: str
+    fingerprint: str = ""
 
 
 class EngineStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -322,6 +324,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         engine: The engine's kind.
         engine_version: The version of the library behind it.
         model: The model that answered.
+        fingerprint: As in `EngineInfo`.
     """
 
     slot: int
@@ -334,6 +337,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     engine: str
     engine_version: str
     model: str
+    fingerprint: str = ""
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

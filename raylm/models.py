@@ -54,6 +54,8 @@ class BuiltinModel:
         return PurePosixPath(self.member).name
 
 
+_SAMPLE_BYTES = 1 << 16
+
 BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
     {
         "smollm2-135m-instruct": BuiltinModel(
@@ -253,6 +255,28 @@ def model_name(path: str) -> str:
     if path in BUILTIN_MODELS:
         return path
     return Path(path).name.removesuffix(".gguf") or path
+
+
+def fingerprint(path: Path, *settings: object) -> str:
+    """Return a short digest that differs when the model's files do, or what else decides its answers.
+
+    Of each file its name, its size, and three samples of 64 KiB are looked at: weights that differ at all differ in
+    most places, and reading all of them would take minutes.
+
+    Args:
+        path: What `resolve` returned.
+        settings: What else the answers depend on, such as the type of the weights in memory.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if file == path else file.relative_to(path)} {size}".encode())
+        with file.open("rb") as content:
+            for place in sorted({0, size // 2, max(0, size - _SAMPLE_BYTES)}):
+                content.seek(place)
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def max_context(path: Path) -> int:

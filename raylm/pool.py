@@ -30,7 +30,7 @@ import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -55,7 +55,7 @@ from raylm.errors import (
     from_message,
 )
 from raylm.link import Link, unwrap
-from raylm.messages import Completion, Delta, Lane, Receipt, Request, Usage
+from raylm.messages import Completion, Delta, EngineInfo, Lane, Receipt, Request, Usage
 from raylm.routing import Reservation, Router
 from raylm.statistics import MAX_FAILURES, FailedRequest, Histogram, PoolReport, PoolStatistics, SlotStatistics
 from raylm.stream import Stream
@@ -131,7 +131,7 @@ class Pool:
         self.config = config or PoolConfig()
         self.loop = asyncio.get_running_loop()
         self.pool_id = uuid.uuid4().hex[:12]
-        self.router = Router(self.config.max_pins)
+        self.router = Router(self.config.max_pins, self.config.interactive_reserve)
         self._replace = replace
         self._links: dict[int, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,6 +213,9 @@ class Pool:
         session_id: str | None = None,
         timeout_s: float | None = None,
         silence_s: float | None = None,
+        work_s: float | None = None,
+        avoid: Iterable[int] = (),
+        ended: Callable[[], None] | None = None,
     ) -> Stream:
         """Start a request and return its deltas as they come.
 
@@ -222,6 +225,9 @@ class Pool:
             session_id: Keeps requests of one name in one slot.
             timeout_s: Limit on queue and generation together, in seconds; None: no limit.
             silence_s: Limit on the time in which it neither gets to an actor nor gets a token; None: no limit.
+            work_s: Limit on the time since an actor first got it; None: no limit.
+            avoid: Slots that take it only when all others are down.
+            ended: Called once, when it is done, in the middle of the pool's work: it must not raise, nor call the pool.
 
         Raises:
             PoolSaturatedError: the queue is full.
@@ -242,6 +248,9 @@ class Pool:
             stream._deadline = self.loop.call_later(timeout_s, self._expire, stream, f"not done within {timeout_s:g} s")
         if silence_s is not None:
             stream._silence = _Silence(self, [stream], silence_s)
+        stream._work_s = work_s
+        stream._avoid.update(avoid)
+        stream._ended = ended
         self._enqueue(stream)
         return stream
 
@@ -297,7 +306,7 @@ class Pool:
 
     async def as_completed(
         self, requests: Sequence[Request], *, lane: Lane = "batch", silence_s: float | None = None
-    ) -> AsyncIterator[tuple[int, Completion | RaylmError]]:
+    ) -> AsyncGenerator[tuple[int, Completion | RaylmError], None]:
         """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others.
 
         Args:
@@ -311,8 +320,7 @@ class Pool:
         try:
             for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
                 request = msgspec.structs.replace(requests[index], stream=False)
-                stream = streams[index] = self.stream(request, lane=lane)
-                stream._ended = partial(ended.put_nowait, index)
+                streams[index] = self.stream(request, lane=lane, ended=partial(ended.put_nowait, index))
             if silence_s is not None:
                 silence = _Silence(self, streams.values(), silence_s)
             for _ in requests:
@@ -320,7 +328,7 @@ class Pool:
                 stream = streams.pop(index)
                 if silence is not None:
                     silence.broken_at = self.loop.time()
-                yield index, stream._error or stream._result()
+                yield index, stream._error or stream.result()
         finally:
             if silence is not None:
                 silence.stop()
@@ -395,10 +403,20 @@ class Pool:
             failures=list(self._failures),
         )
 
+    def engines(self) -> list[EngineInfo]:
+        """Return what the engines of the slots say of themselves, each kind once."""
+        found = {link.info.engine: None for link in self._links.values() if link.info}
+        return sorted(found, key=lambda engine: (engine.engine, engine.model))
+
     @property
     def num_up(self) -> int:
         """Slots whose actor can work."""
         return sum(link.state == "up" for link in self._links.values())
+
+    @property
+    def can_work(self) -> bool:
+        """Whether any slot may ever be up: False once the pool is closed, or no engine could be started."""
+        return not self._closed and any(link.state != "failed" for link in self._links.values())
 
     @property
     def max_context(self) -> int | None:
@@ -449,31 +467,36 @@ class Pool:
             self._drain(queue, in_order=True)
         self._drain(self._suspects, in_order=True)
         interactive, batch = self._lanes["interactive"], self._lanes["batch"]
-        while interactive and batch and self.router.has_room():
+        while interactive and batch and self.router.has_room(spare=True):
             self._batch_credit += self.config.batch_share
             if self._batch_credit >= 1:
                 self._batch_credit -= 1
-                self._drain(batch, most=1)
+                self._drain(batch, most=1, spare=True)
             else:
                 self._drain(interactive, most=1)
         self._drain(interactive)
-        self._drain(batch)
+        self._drain(batch, spare=True)
 
-    def _drain(self, queue: deque[Stream], *, most: int | None = None, in_order: bool = False) -> None:
+    def _drain(
+        self, queue: deque[Stream], *, most: int | None = None, in_order: bool = False, spare: bool = False
+    ) -> None:
         """Send from the head of a queue until it is empty, or nothing has room, or `most` are sent.
 
         Args:
             queue: The queue.
             most: How many to send at most; None: no limit.
             in_order: Stop at the first that has to wait, because those behind it wait for the same.
+            spare: Leave the reserve of each slot alone.
         """
         kept = []  # have to wait for a slot that is not among those with room
-        while queue and most != 0 and self.router.has_room():
+        while queue and most != 0 and self.router.has_room(spare=spare):
             stream = queue.popleft()
             if stream.done:
                 continue
             trial = self._trials_at_once if stream._suspect else None
-            reservation = self.router.choose(stream._tokens, stream._session_id, stream._avoid, trial=trial)
+            reservation = self.router.choose(
+                stream._tokens, stream._session_id, stream._avoid, trial=trial, spare=spare
+            )
             if reservation is None:
                 kept.append(stream)
                 if in_order:
@@ -498,6 +521,10 @@ class Pool:
         stream._on_trial = stream._suspect
         stream._heard_at = now
         self._num_attempts += 1
+        if stream._work_s is not None:
+            what = f"not done within {stream._work_s:g} s of work"
+            stream._deadline = self.loop.call_later(stream._work_s, self._expire, stream, what)
+            stream._work_s = None
         link.streams[stream._key] = stream
         link.unsent.add(stream._key)
         if stream._on_trial:
@@ -564,6 +591,7 @@ class Pool:
             engine=info.engine.engine,
             engine_version=info.engine.engine_version,
             model=info.engine.model,
+            fingerprint=info.engine.fingerprint,
         )
         self._settle(stream, receipt=receipt)
 

@@ -8,6 +8,7 @@ rules, in order:
     the number of outstanding tokens; among equals, the slot with the fewest pinned sessions.
 3.  A session that had to leave its slot is pinned to the new one. No other session moves.
 4.  A slot takes no more than a given number of requests under suspicion (`trial`) at a time.
+5.  Requests that are in no hurry (`spare`) leave a share of each slot's room to those that are.
 """
 
 from __future__ import annotations
@@ -44,11 +45,24 @@ class Reservation:
 
 
 class _Slot:
-    __slots__ = ("capacity", "incarnation", "load", "num_pins", "num_trials", "running", "stamp", "up")
+    __slots__ = (
+        "capacity",
+        "incarnation",
+        "limit",
+        "load",
+        "num_pins",
+        "num_trials",
+        "running",
+        "spacious",
+        "stamp",
+        "up",
+    )
 
     def __init__(self) -> None:
         self.up = False
         self.capacity = 0
+        self.limit = 0  # of the capacity, for requests in no hurry
+        self.spacious = False  # up, and below that limit
         self.running = 0
         self.load = 0
         self.num_pins = 0
@@ -66,11 +80,15 @@ class Router:
 
     Args:
         max_pins: Sessions remembered; the least recently used pin is forgotten.
+        reserve: Share of each slot's capacity that requests in no hurry leave free, 0 to 1. Where it is above 0, one of
+            two or more is free at least.
     """
 
-    def __init__(self, max_pins: int = 1_000_000) -> None:
+    def __init__(self, max_pins: int = 1_000_000, reserve: float = 0.0) -> None:
         self._slots: dict[int, _Slot] = {}
         self._max_pins = max_pins
+        self._reserved = reserve
+        self._num_spacious = 0  # slots with room for requests in no hurry
         # In order of use, the least recent first. A plain dict would take ever longer to find its first key.
         self._pins: OrderedDict[str, int] = OrderedDict()
         # (load, pins, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
@@ -83,6 +101,8 @@ class Router:
             slot = self._slots[number] = _Slot()
             slot.num_pins = sum(pinned == number for pinned in self._pins.values())
         slot.up, slot.capacity = True, capacity
+        kept = max(1, int(capacity * self._reserved)) if self._reserved and capacity > 1 else 0
+        slot.limit = capacity - kept
         slot.running = slot.load = slot.num_trials = 0
         slot.incarnation += 1
         self._changed(number, slot)
@@ -101,9 +121,9 @@ class Router:
         slot.up = not suspended
         self._changed(number, slot)
 
-    def has_room(self) -> bool:
-        """True when some slot can take a request."""
-        return self._least_loaded(frozenset(), None) is not None
+    def has_room(self, *, spare: bool = False) -> bool:
+        """True when some slot can take a request, or with `spare` one that is in no hurry."""
+        return self._num_spacious > 0 if spare else self._least_loaded(frozenset(), None) is not None
 
     def pin(self, session_id: str, number: int) -> None:
         """Pin a session to a slot."""
@@ -146,7 +166,13 @@ class Router:
         return self._slots[number].running
 
     def choose(
-        self, tokens: int, session_id: str | None = None, avoid: Set[int] = frozenset(), *, trial: int | None = None
+        self,
+        tokens: int,
+        session_id: str | None = None,
+        avoid: Set[int] = frozenset(),
+        *,
+        trial: int | None = None,
+        spare: bool = False,
     ) -> Reservation | None:
         """Choose a slot and reserve room in it.
 
@@ -155,6 +181,7 @@ class Router:
             session_id: Goes to the slot it is pinned to, and is pinned to the chosen one.
             avoid: Slots where the request has already failed; used only when every other slot is down.
             trial: The request is under suspicion, and may join fewer than this many others on trial in a slot, >= 1.
+            spare: The request is in no hurry, and leaves the reserve of a slot alone.
 
         Returns:
             The reservation, or None when the request has to wait.
@@ -163,12 +190,15 @@ class Router:
         if session_id is not None and (number := self._pins.get(session_id)) is not None and number not in avoid:
             slot = self._slots.get(number)
             if slot is not None and slot.up:
-                if slot.running >= slot.capacity or (trial is not None and slot.num_trials >= trial):
+                full = slot.running >= (slot.limit if spare else slot.capacity)
+                if full or (trial is not None and slot.num_trials >= trial):
                     return None
                 self.pin(session_id, number)
                 return self._reserve(number, slot, tokens, PINNED, trial=trial is not None)
             why = MOVED_DIED
-        found = self._least_loaded(avoid, trial)
+        if spare and not self._num_spacious:
+            return None
+        found = self._least_loaded(avoid, trial, spare=spare)
         if found is None:
             return None
         if session_id is not None:
@@ -210,7 +240,7 @@ class Router:
             slot.num_pins += change
             self._changed(number, slot)
 
-    def _least_loaded(self, avoid: Set[int], trial: int | None) -> int | None:
+    def _least_loaded(self, avoid: Set[int], trial: int | None, *, spare: bool = False) -> int | None:
         if avoid and not any(slot.up and number not in avoid for number, slot in self._slots.items()):
             avoid = frozenset()
         heap, skipped, found = self._heap, [], None
@@ -219,7 +249,11 @@ class Router:
             slot = self._slots[number]
             if slot.stamp != stamp:
                 heappop(heap)
-            elif number in avoid or (trial is not None and slot.num_trials >= trial):
+            elif (
+                number in avoid
+                or (trial is not None and slot.num_trials >= trial)
+                or (spare and slot.running >= slot.limit)
+            ):
                 skipped.append(heappop(heap))
             else:
                 found = number
@@ -230,6 +264,10 @@ class Router:
 
     def _changed(self, number: int, slot: _Slot) -> None:
         slot.stamp += 1
+        spacious = slot.up and slot.running < slot.limit
+        if spacious != slot.spacious:
+            slot.spacious = spacious
+            self._num_spacious += 1 if spacious else -1
         if slot.up and slot.running < slot.capacity:
             heappush(self._heap, (slot.load, slot.num_pins, number, slot.stamp))
         if len(self._heap) > 4 * len(self._slots) + 64:

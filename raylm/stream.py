@@ -66,6 +66,7 @@ class Stream:
         "_tokens",
         "_waiter",
         "_watched",
+        "_work_s",
         "request",
     )
 
@@ -102,6 +103,7 @@ class Stream:
         self._attempts = 0
         self._fruitless = 0  # in a row, without a new token
         self._avoid: set[int] = set()
+        self._work_s: float | None = None  # limit, from its first attempt on
         self._suspect = False
         self._moved = ""
         self._enqueued_at = 0.0
@@ -184,6 +186,16 @@ class Stream:
         }
 
     @property
+    def error(self) -> RaylmError | None:
+        """What it failed with, if it did."""
+        return self._error
+
+    @property
+    def slot(self) -> int | None:
+        """The slot that works on it; None while it waits, and once it is done."""
+        return None if self._link is None else self._link.number
+
+    @property
     def done(self) -> bool:
         """True once the request has been answered or has failed."""
         return self._receipt is not None or self._error is not None
@@ -206,9 +218,14 @@ class Stream:
         """
         while not self.done:
             await self._news()
-        return self._result()
+        return self.result()
 
-    def _result(self) -> Completion:
+    def result(self) -> Completion:
+        """Return the whole answer of a stream that is done.
+
+        Raises:
+            RaylmError: the request failed.
+        """
         if self._error is not None:
             raise self._error
         last = self._deltas[-1]

@@ -272,10 +272,10 @@ def test_batch_reports_bad_rows(mixed: Mixed) -> None:
     result, folder = mixed
     errors = {row["id"]: row["error"] for row in rows_of(folder / "out.jsonl") if "text" not in row}
     assert {row_id: error["message"].partition(":")[0] for row_id, error in errors.items()} == {
-        4: "line 4",
-        "both": "line 5",
-        6: "line 6",
-        7: "line 7",
+        4: "in.jsonl line 4",
+        "both": "in.jsonl line 5",
+        6: "in.jsonl line 6",
+        7: "in.jsonl line 7",
         "long": errors["long"]["message"].partition(":")[0],
     }
     assert errors["long"]["type"] == "ContextLengthError"
@@ -292,9 +292,9 @@ def test_batch_sums_up(mixed: Mixed) -> None:
 
 
 def test_batch_leaves_no_partial_file(mixed: Mixed) -> None:
-    """A batch that has ended leaves the output alone."""
+    """A batch that has ended leaves the output, and the ledger that it can go on from."""
     _, folder = mixed
-    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.ledger"]
 
 
 def test_batch_of_nothing(cluster: str, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     assert psutil.wait_procs(started, timeout=10)[1] == []
     assert [row["id"] for row in rows_of(tmp_path / "out.partial")] == [1]
     assert not (tmp_path / "out").exists()
-    assert f"the first 1 rows are in {tmp_path / 'out'}.partial" in said.decode()
+    assert "it ended early: 1 rows, 0 failed, 4 tokens. The same command goes on from there" in said.decode()
 
 
 def test_sigterm_ends_in_order(cluster: str, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_sigterm_ends_in_order(cluster: str, tmp_path: Path) -> None:
         process.terminate()
         _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
-    assert "the first 1 rows" in said.decode()
+    assert "it ended early: 1 rows" in said.decode()
 
 
 # chat

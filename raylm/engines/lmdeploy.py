@@ -14,7 +14,7 @@ from raylm.engines.child import ChildProcess
 from raylm.engines.lmdeploy_worker import Load
 from raylm.errors import EngineStartError
 from raylm.messages import EngineInfo, EngineStatistics, Request
-from raylm.models import BUILTIN_MODELS, model_name, resolve
+from raylm.models import BUILTIN_MODELS, fingerprint, model_name, resolve
 
 
 class LMDeployEngine:
@@ -83,6 +83,9 @@ class LMDeployEngine:
             max_context=ready.max_context,
             capacity=ready.capacity,
             device=f"{config.backend} on {config.device}" + (f", tp {config.tp}" if config.tp > 1 else ""),
+            fingerprint=await asyncio.to_thread(
+                fingerprint, path, config.backend, config.dtype, config.quant_policy, config.model_format
+            ),
         )
 
     async def generate(self, request: Request, emit: Emit) -> None:

@@ -16,7 +16,7 @@ from raylm.engines.child import ChildProcess
 from raylm.engines.openvino_worker import Load
 from raylm.errors import EngineStartError
 from raylm.messages import EngineInfo, EngineStatistics, Request
-from raylm.models import max_context, model_name, resolve
+from raylm.models import fingerprint, max_context, model_name, resolve
 
 
 class OpenVINOEngine:
@@ -68,6 +68,7 @@ class OpenVINOEngine:
             max_context=ready.max_context,
             capacity=ready.capacity,
             device="CPU" if config.num_threads is None else f"CPU ({config.num_threads} threads)",
+            fingerprint=await asyncio.to_thread(fingerprint, path, config.deterministic),
         )
 
     async def generate(self, request: Request, emit: Emit) -> None:

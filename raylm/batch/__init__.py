@@ -1,0 +1,290 @@
+"""Batch jobs: rows in, rows out, each answered once, in the same order, whatever dies on the way.
+
+`run_batch` is the whole of it for a program, and `raylm batch` for a person:
+
+    rows.py     reads files
+    ledger.py   keeps what was answered, on disk
+    job.py      asks, retries, gives up
+    outputs.py  writes files
+    report.py   tells how it went, and asks a sample again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from raylm.batch.job import Job, Tally
+from raylm.batch.ledger import Ledger, Record, engine_key
+from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
+from raylm.batch.rows import BadRow, Reading, Row, read_rows, rows_of
+from raylm.chatbot import AsyncChatbot, Chatbot
+from raylm.config import BatchConfig
+from raylm.errors import InvalidRequestError
+
+Source = Path | str | Iterable[Mapping[str, Any]] | None
+
+
+def run_batch(
+    chatbot: Chatbot,
+    source: Source,
+    output: Path | str,
+    *,
+    config: BatchConfig | None = None,
+    reading: Reading | None = None,
+    overwrite: bool = False,
+    **defaults: Any,
+) -> Tally:
+    """Answer every row of a file or of a list. Begun again after anything, it goes on where it was.
+
+    Args:
+        chatbot: Any of the classes of `raylm`, or what `raylm.connect` returns.
+        source: A file, or rows as dicts. See `raylm.batch.rows`.
+        output: The file for the answers; its name tells the format. `<output>.ledger` beside it keeps what was
+            answered so far. See `raylm.batch.outputs`.
+        config: When to retry and when to give up.
+        reading: How rows become requests.
+        overwrite: Forget what earlier runs have answered.
+        defaults: Generation parameters of rows that do not give their own.
+
+    Returns:
+        What it came to. Rows that failed are in the output, with their errors.
+
+    Raises:
+        InvalidRequestError: the input as a whole cannot be read, a parameter is wrong, or there is an output that is
+            not from such a job.
+        OutputBusyError: another process works on it.
+        TooManyFailuresError: more rows failed than `max_failures`.
+        OSError: a file cannot be read or written.
+    """
+    work = run_batch_async(
+        chatbot._chatbot, source, output, config=config, reading=reading, overwrite=overwrite, **defaults
+    )
+    return chatbot._run(work)
+
+
+async def run_batch_async(
+    chatbot: AsyncChatbot,
+    source: Source,
+    output: Path | str | BinaryIO,
+    *,
+    config: BatchConfig | None = None,
+    reading: Reading | None = None,
+    overwrite: bool = False,
+    shard: tuple[int, int] = (1, 1),
+    settings: Mapping[str, Any] | None = None,
+    total: int | None = None,
+    begun: Callable[[Tally], None] | None = None,
+    **defaults: Any,
+) -> Tally:
+    """Do as `run_batch` does.
+
+    Args:
+        chatbot: Who answers.
+        source: As in `run_batch`; None is stdin.
+        output: As in `run_batch`; or an open file, which gets each answer as soon as those before it are there.
+        config: As in `run_batch`.
+        reading: As in `run_batch`.
+        overwrite: As in `run_batch`.
+        shard: `(number, count)`: answer one of `count` parts of the rows into a ledger of its own, and write no output.
+            `merge_shards` puts the parts together.
+        settings: What to note in the ledger of how this job was begun, so that rows can be asked again.
+        total: How many rows there are, where that is known.
+        begun: Called with the `Tally` as the job begins; it changes as the job goes on.
+        defaults: As in `run_batch`.
+    """
+    reading = reading or Reading()
+    chatbot.request(prompt="x", **defaults)  # wrong parameters are told before anything is touched
+    rows = (
+        read_rows(None if source is None else Path(source), reading)
+        if source is None or isinstance(source, Path | str)
+        else rows_of(source, reading)
+    )
+    first = await anext(rows, None)
+    is_openai = first is not None and first.openai is not None
+    with ExitStack() as stack:
+        if isinstance(output, Path | str):
+            path: Path | None = Path(output)
+            ledger = stack.enter_context(open_ledger(Path(output), shard, overwrite=overwrite))
+            file = None
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="raylm-batch-"))
+            path, file = None, output
+            ledger = Ledger.open(Path(folder) / "ledger")
+            stack.callback(ledger.close)
+        job = Job(
+            chatbot,
+            ledger,
+            config,
+            defaults=defaults,
+            shard=shard,
+            settings={**_noted(source, path, reading), "defaults": defaults, **(settings or {})},
+            total=total,
+            in_order=path is None or (path.exists() and not path.is_file()),
+        )
+        if begun is not None:
+            begun(job.tally)
+        writer: Writer = _Nowhere() if shard[1] > 1 else stack.enter_context(open_output(path, file, openai=is_openai))
+        return await job.run(_with(first, rows), writer)
+
+
+def ledger_path(output: Path, shard: tuple[int, int] = (1, 1)) -> Path:
+    """Return where a job's answers are kept."""
+    number, count = shard
+    part = "" if count == 1 else f".shard-{number}-of-{count}"
+    return output.with_name(f"{output.name}{part}.ledger")
+
+
+@contextmanager
+def open_ledger(output: Path, shard: tuple[int, int] = (1, 1), *, overwrite: bool = False) -> Iterator[Ledger]:
+    """Open the ledger of an output, for as long as the block lasts.
+
+    Args:
+        output: The output.
+        shard: Which part of the job.
+        overwrite: Forget what it holds.
+
+    Raises:
+        InvalidRequestError: there is an output, or a part of one, without a ledger.
+        OutputBusyError: another process works on it.
+    """
+    check_output(output, shard, overwrite=overwrite)
+    path = ledger_path(output, shard)
+    ledger = Ledger.open(path)
+    try:
+        if overwrite:
+            ledger.clear()
+        yield ledger
+    finally:
+        ledger.close()
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def check_output(output: Path, shard: tuple[int, int] = (1, 1), *, overwrite: bool = False) -> None:
+    """Tell before anything is started whether an output can be written. Arguments are those of `open_ledger`.
+
+    Raises:
+        InvalidRequestError: there is an output, or a part of one, without a ledger; or no folder for it.
+    """
+    path = ledger_path(output, shard)
+    if not output.parent.is_dir():
+        raise InvalidRequestError(f"{output}: there is no folder {output.parent}")
+    if path.exists() or overwrite or shard[1] > 1:
+        return
+    for taken in (output, partial_path(output)):
+        if taken.is_file():
+            raise InvalidRequestError(
+                f"{taken} is there already, and from no job that could go on ({path.name} is missing); "
+                "it is replaced only on request (--overwrite)"
+            )
+
+
+def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = False) -> Tally:
+    """Put the parts of a job that were answered as shards together, and write the output. Nothing is asked.
+
+    Args:
+        output: The output of the whole.
+        total: How many rows the input has, where that is known.
+        overwrite: Forget what an earlier merging has made.
+
+    Returns:
+        How many rows there are, and how many of them failed.
+
+    Raises:
+        InvalidRequestError: a shard, or a row of one, is missing.
+        OutputBusyError: another process works on the job or on a shard.
+    """
+    shards = sorted(output.parent.glob(f"{glob.escape(output.name)}.shard-*-of-*.ledger"))
+    names = [re.fullmatch(r".*\.shard-(\d+)-of-(\d+)\.ledger", shard.name) for shard in shards]
+    parts = {(int(name[1]), int(name[2])) for name in names if name}
+    counts = {count for _, count in parts}
+    if len(counts) != 1:
+        found = ", ".join(shard.name for shard in shards) or "none"
+        raise InvalidRequestError(
+            f"merge: expected the ledgers of all shards of one job beside {output}, found {found}"
+        )
+    count = counts.pop()
+    if missing := {(number, count) for number in range(1, count + 1)} - parts:
+        text = ", ".join(f"{number}/{count}" for number, _ in sorted(missing))
+        raise InvalidRequestError(f"merge: shard {text} of {output} is missing; answer it first (--shard)")
+    tally = Tally()
+    with open_ledger(output, overwrite=overwrite) as ledger:
+        for number in range(1, count + 1):
+            with open_ledger(output, (number, count)) as part:
+                ledger.absorb(part)
+        is_openai = False
+        for place, record in enumerate(ledger.records()):
+            if record.position != place:
+                raise InvalidRequestError(
+                    f"merge: row {place + 1} is missing; answer shard {place % count + 1}/{count} to its end, or the "
+                    "whole job without --shard, which asks what is missing"
+                )
+            is_openai = record.openai is not None
+            tally.num_rows += 1
+            tally.num_failed += record.completion is None
+            tally.num_kept += record.completion is not None
+        tally.total = tally.num_rows if total is None else total
+        if tally.num_rows != tally.total:
+            raise InvalidRequestError(
+                f"merge: the input has {tally.total} rows, and {tally.num_rows} were answered; answer every shard to "
+                "its end, or the whole job without --shard, which asks what is missing"
+            )
+        with open_output(output, openai=is_openai) as writer:
+            records = ledger.records()
+            while some := list(islice(records, 512)):
+                writer.write(some)
+    return tally
+
+
+def _noted(source: Source, output: Path | None, reading: Reading) -> dict[str, Any]:
+    """Return what the ledger says of where rows are from, so that they can be found again."""
+    return {
+        "source": str(Path(source).absolute()) if isinstance(source, Path | str) else None,
+        "output": None if output is None else str(output.absolute()),
+        "reading": dataclasses.asdict(reading),
+    }
+
+
+class _Nowhere:
+    """The output of a part of a job."""
+
+    def write(self, records: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def _with(first: Row | BadRow | None, rest: AsyncIterator[Row | BadRow]) -> AsyncIterator[Row | BadRow]:
+    if first is not None:
+        yield first
+        async for row in rest:
+            yield row
+
+
+__all__ = [
+    "BadRow",
+    "BatchConfig",
+    "Job",
+    "Ledger",
+    "Reading",
+    "Record",
+    "Row",
+    "Tally",
+    "check_output",
+    "engine_key",
+    "errors_path",
+    "ledger_path",
+    "merge_shards",
+    "open_ledger",
+    "run_batch",
+    "run_batch_async",
+]

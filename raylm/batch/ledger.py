@@ -1,0 +1,340 @@
+"""Ledger: what a job has been told, on disk before it is believed.
+
+A ledger is a file of JSON Lines beside the output, and lines are only ever appended. Each ends with a checksum of
+itself, so that one which a crash has torn is known, passed over, and its row asked again. There are two kinds:
+
+    {"run":{...},"crc":"..."}        somebody began to work on the job, with these settings
+    {"position":3,...,"crc":"..."}   a row was answered, or failed for good
+
+A `Record` is in the ledger once `sync` has returned: fsync is called for many of them at a time. A later record of a
+position takes the place of an earlier one.
+
+What is where is held in a private SQLite database that is made of the file when it is opened, and spills to disk, so
+that memory does not grow with the job.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import msgspec
+
+from raylm.batch.rows import OpenAIForm
+from raylm.errors import ErrorMessage, OutputBusyError
+from raylm.messages import Completion, EngineInfo, Receipt
+
+_CRC = b',"crc":"%08x"}\n'
+_CRC_BYTES = len(_CRC % 0)
+
+ANSWERED, FAILED = 1, 0
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """Somebody at work on a job.
+
+    Attributes:
+        started_at: When, in seconds since 1970.
+        pid: Its process.
+        host: Where that ran.
+        job: The settings, from which a row can be asked again.
+        engines: Who may have answered.
+    """
+
+    started_at: float
+    pid: int
+    host: str
+    job: dict[str, Any]
+    engines: list[EngineInfo] = []
+
+
+class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What became of one row. It has either `completion` or `error`.
+
+    Attributes:
+        position: The row's place in the input, counted from 0.
+        key: Digest of what was asked: prompt or messages, and parameters.
+        id: The row's name in the output.
+        at: When it ended, in seconds since 1970.
+        seconds: Time from its first sending to its end.
+        tries: How often it was sent.
+        greedy: Whether the same would be answered again.
+        same_as: The position of the equal row that was asked in its place.
+        hedged: It was sent to a second slot, because the first was slow.
+        completion: The answer.
+        error: Why there is none.
+        openai: How it is written, where it is from an OpenAI batch file.
+    """
+
+    position: int
+    key: str
+    id: str | int
+    at: float = 0.0
+    seconds: float = 0.0
+    tries: int = 1
+    greedy: bool = False
+    same_as: int | None = None
+    hedged: bool = False
+    completion: Completion | None = None
+    error: ErrorMessage | None = None
+    openai: OpenAIForm | None = None
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_record = msgspec.json.Decoder(Record).decode
+_decode_run = msgspec.json.Decoder(Run).decode
+
+
+class Ledger:
+    """The ledger of one job, open for this process alone. Make it with `open`, and close it.
+
+    It belongs to one thread at a time.
+
+    Attributes:
+        path: The file.
+        runs: Everybody who has worked on the job so far.
+        num_torn: Lines that could not be read.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.runs: list[Run] = []
+        self.num_torn = 0
+        self._file = file
+        self._end = 0  # of the file, with what is still to be written
+        self._synced = 0
+        self._pending: dict[int, bytes] = {}  # lines by where they will be
+        self._writing: dict[int, bytes] = {}  # those that are being written
+        self._run = 0  # number of the present one
+        self._index = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._index.executescript(
+            """
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+            CREATE TABLE place (position INTEGER PRIMARY KEY, key TEXT, state INT, engine TEXT, offset INT, size INT,
+                                run INT);
+            CREATE TABLE answer (key TEXT, engine TEXT, offset INT, size INT, PRIMARY KEY (key, engine)) WITHOUT ROWID;
+            BEGIN;
+            """
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a ledger, new or not, and read it.
+
+        Raises:
+            OutputBusyError: another process has it open; the text says which.
+            OSError: it cannot be read or written.
+        """
+        file = path.open("a+b", buffering=0)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputBusyError(f"{path} is being written by {_owner(path)}; wait for it, or end it") from None
+            ledger = cls(path, file)
+            ledger._load()
+        except BaseException:
+            file.close()
+            raise
+        return ledger
+
+    def close(self) -> None:
+        """Give it up. What was not synced is not in it."""
+        self._index.close()
+        self._file.close()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._file.truncate(0)
+        self._index.execute("DELETE FROM place")
+        self._index.execute("DELETE FROM answer")
+        self._end = self._synced = self.num_torn = 0
+        self.runs = []
+
+    def begin(self, job: Mapping[str, Any], engines: Iterable[EngineInfo]) -> None:
+        """Note that this process works on the job now."""
+        run = Run(
+            started_at=time.time(), pid=os.getpid(), host=socket.gethostname(), job=dict(job), engines=list(engines)
+        )
+        self.runs.append(run)
+        self._run = len(self.runs)
+        self._push(_encode({"run": run}))
+        self.sync()
+
+    # What is known
+
+    def known(self, position: int, key: str, engines: set[str]) -> bool:
+        """Tell whether a position has the answer to that key, from one of these engines (see `engine_key`)."""
+        found = self._index.execute("SELECT key, state, engine FROM place WHERE position = ?", (position,)).fetchone()
+        return found is not None and found[0] == key and found[1] == ANSWERED and found[2] in engines
+
+    def has(self, position: int) -> bool:
+        """Tell whether anything is known of a position."""
+        return self._index.execute("SELECT 1 FROM place WHERE position = ?", (position,)).fetchone() is not None
+
+    def equal(self, key: str, engines: set[str]) -> Record | None:
+        """Return the record of a greedy row with the answer to that key, whatever its position has now."""
+        for engine in engines:
+            place = self._index.execute(
+                "SELECT offset, size FROM answer WHERE key = ? AND engine = ?", (key, engine)
+            ).fetchone()
+            if place is not None:
+                return self._read(*place)
+        return None
+
+    def read(self, position: int) -> Record:
+        """Return the record of a position that has one."""
+        offset, size = self._index.execute("SELECT offset, size FROM place WHERE position = ?", (position,)).fetchone()
+        return self._read(offset, size)
+
+    def confirm(self, position: int) -> None:
+        """Take over for this run what an earlier one knew of a position."""
+        self._index.execute("UPDATE place SET run = ? WHERE position = ?", (self._run, position))
+
+    def done_from(self, position: int, step: int, most: int) -> list[tuple[int, int]]:
+        """Return where the records are of the positions `position`, `position + step` and so on, up to the first gap.
+
+        Only those that this run has confirmed or added, and that are on disk.
+        """
+        found: list[tuple[int, int]] = []
+        for place, offset, size, run in self._index.execute(
+            "SELECT position, offset, size, run FROM place WHERE position >= ? ORDER BY position LIMIT ?",
+            (position, most),
+        ):
+            if place != position + len(found) * step or run != self._run or offset + size > self._synced:
+                break
+            found.append((offset, size))
+        return found
+
+    def read_at(self, places: Iterable[tuple[int, int]]) -> list[Record]:
+        """Return the records at places that `done_from` has told. May be called from any thread."""
+        return [self._read(offset, size) for offset, size in places]
+
+    def records(self) -> Iterator[Record]:
+        """Yield the last record of every position, in the order of positions."""
+        places = self._index.execute("SELECT offset, size FROM place ORDER BY position")
+        for offset, size in places:
+            yield self._read(offset, size)
+
+    # What is added
+
+    def add(self, record: Record) -> None:
+        """Add a record. It counts from the next `sync` on."""
+        self._index_record(record, *self._push(_encode(record)))
+
+    @property
+    def num_pending(self) -> int:
+        """Lines that nobody has begun to write."""
+        return len(self._pending)
+
+    def take(self) -> tuple[bytes, int]:
+        """Return what is to be written, and where the file will end then."""
+        self._writing, self._pending = self._pending, {}
+        return b"".join(self._writing.values()), self._end
+
+    def write(self, block: bytes) -> None:
+        """Write what `take` has returned, and wait until it is on disk. May be called from any thread, one at a time.
+
+        Raises:
+            OSError: there is no room, or the disk fails.
+        """
+        view = memoryview(block)
+        while view:
+            view = view[self._file.write(view) :]
+        os.fdatasync(self._file.fileno())
+
+    def written(self, end: int) -> None:
+        """Take note that the file is on disk up to `end`."""
+        self._synced = end
+        self._writing = {}
+
+    def sync(self) -> None:
+        """Write what was added, and wait until it is on disk."""
+        block, end = self.take()
+        self.write(block)
+        self.written(end)
+
+    def absorb(self, other: Ledger) -> None:
+        """Take over every record of another ledger, and its runs."""
+        for run in other.runs:
+            self.runs.append(run)
+            self._push(_encode({"run": run}))
+        for record in other.records():
+            self.add(record)
+            if self.num_pending > 1000:
+                self.sync()
+        self.sync()
+
+    # Inside
+
+    def _push(self, line: bytes) -> tuple[int, int]:
+        whole = line[:-1] + _CRC % zlib.crc32(line[:-1])
+        offset = self._end
+        self._pending[offset] = whole
+        self._end += len(whole)
+        return offset, len(whole)
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        offset, last = 0, b"\n"
+        with self.path.open("rb") as lines:
+            for line in lines:
+                body = checked(line)
+                if body is None:
+                    self.num_torn += 1
+                elif body.startswith(b'{"run":'):
+                    self.runs.append(_decode_run(body[len(b'{"run":') : -1]))
+                else:
+                    self._index_record(_decode_record(body), offset, len(line))
+                offset += len(line)
+                last = line
+        if not last.endswith(b"\n"):  # so that the next line is one of its own
+            self._file.write(b"\n")
+            offset += 1
+        self._end = self._synced = offset
+
+    def _index_record(self, record: Record, offset: int, size: int) -> None:
+        engine = "" if record.completion is None else engine_key(record.completion.receipt)
+        state = FAILED if record.completion is None else ANSWERED
+        self._index.execute(
+            "INSERT OR REPLACE INTO place VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (record.position, record.key, state, engine, offset, size, self._run),
+        )
+        if state == ANSWERED and record.greedy and record.same_as is None:
+            self._index.execute("INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?)", (record.key, engine, offset, size))
+
+    def _read(self, offset: int, size: int) -> Record:
+        line = self._pending.get(offset) or self._writing.get(offset)
+        body = checked(line or os.pread(self._file.fileno(), size, offset))
+        if body is None:
+            raise OSError(f"{self.path}: what was written at {offset} cannot be read back")
+        return _decode_record(body)
+
+
+def engine_key(engine: EngineInfo | Receipt) -> str:
+    """Return what tells one engine's answers from another's: its kind and version, the model, and its weights."""
+    return f"{engine.engine}/{engine.engine_version}/{engine.model}/{engine.fingerprint}"
+
+
+def checked(line: bytes) -> bytes | None:
+    """Return the JSON of a ledger's line without its checksum, or None where the line is not whole."""
+    body, tail = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
+    return body + b"}" if tail == _CRC % zlib.crc32(body) else None
+
+
+def _owner(path: Path) -> str:
+    owner = "another process"
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.startswith(b'{"run":') and (body := checked(line)) is not None:
+                run = _decode_run(body[len(b'{"run":') : -1])
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started_at))
+                owner = f"process {run.pid} on {run.host} since {since}"
+    return owner

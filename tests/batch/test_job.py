@@ -1,0 +1,381 @@
+"""Jobs on real actors of the simulated engine."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from raylm import AsyncChatbot, AsyncLMDeployPipeline, Fault, SimulatedConfig
+from raylm.batch import (
+    BadRow,
+    BatchConfig,
+    Job,
+    Reading,
+    Row,
+    Tally,
+    ledger_path,
+    merge_shards,
+    open_ledger,
+    run_batch_async,
+)
+from raylm.batch.job import digest
+from raylm.batch.ledger import Record
+from raylm.engines.simulated import greedy_text
+from raylm.errors import InvalidRequestError, TooManyFailuresError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ENGINE = SimulatedConfig(tokens_per_s=500, capacity=4, max_context=100, faults=(Fault(match="FAIL", action="fail"),))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pipeline(cluster: str) -> AsyncIterator[AsyncLMDeployPipeline]:
+    """Two simulated replicas."""
+    async with AsyncLMDeployPipeline("simulated", replicas=2, backend_config=ENGINE, temperature=0) as pipeline:
+        yield pipeline
+
+
+def row(prompt: str, **fields: Any) -> dict[str, Any]:
+    """Return a row of five tokens."""
+    return {"prompt": prompt, "max_new_tokens": 5, **fields}
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an output."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of a folder's files."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def num_tokens(pipeline: AsyncLMDeployPipeline) -> int:
+    """Return how many tokens the pool has delivered so far."""
+    return pipeline.statistics().num_tokens
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` is true. The test's timeout is the limit."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def test_results_keep_the_order_of_the_rows(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Rows of different lengths come out in input order, each with its own answer."""
+    rows = [row(f"row {number}", max_new_tokens=1 + number * 7 % 20) for number in range(200)]
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+    assert [(one["id"], one["text"]) for one in rows_in(tmp_path / "out")] == [
+        (number, greedy_text(one["prompt"], one["max_new_tokens"])) for number, one in enumerate(rows, 1)
+    ]
+    assert (tally.num_rows, tally.num_answered, tally.num_failed) == (200, 200, 0)
+    assert tally.rows_by_slot.total() == 200
+    assert names_in(tmp_path) == ["out", "out.ledger"]
+
+
+async def test_a_wrong_row_fails_alone(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Rows that are wrong in any way have an error each that says so and where, and the others are answered."""
+    source = tmp_path / "in.jsonl"
+    lines = [
+        "{",
+        json.dumps(row("a", messages=[{"role": "user", "content": "b"}])),
+        json.dumps(row("good")),
+        json.dumps(row("")),
+        json.dumps(row("a", top_p=2)),
+        json.dumps(row("word " * 200)),
+        json.dumps({"messages": [{"role": "user", "content": 7}]}),
+    ]
+    source.write_text("\n".join(lines))
+    tally = await run_batch_async(pipeline, source, tmp_path / "out")
+    found = {one["id"]: one for one in rows_in(tmp_path / "out")}
+    assert found.pop(3)["text"] == greedy_text("good", 5)
+    assert {number: one["error"]["type"] for number, one in found.items()} == {
+        1: "InvalidRequestError",
+        2: "InvalidRequestError",
+        4: "InvalidRequestError",
+        5: "InvalidRequestError",
+        6: "ContextLengthError",
+        7: "InvalidRequestError",
+    }
+    for number, one in found.items():
+        assert one["error"]["message"].startswith(f"in.jsonl line {number}: ")
+    assert (tally.num_answered, tally.num_failed) == (1, 6)
+
+
+async def test_a_rows_parameter_wins_over_the_default(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Defaults are for rows that do not say it themselves."""
+    rows = [{"prompt": "a"}, {"prompt": "a", "seed": 1}]
+    await run_batch_async(pipeline, rows, tmp_path / "out", max_new_tokens=5, seed=7, temperature=1.0)
+    texts = [one["text"] for one in rows_in(tmp_path / "out")]
+    assert texts == [await pipeline.generate("a", max_new_tokens=5, temperature=1.0, seed=seed) for seed in (7, 1)]
+    assert texts[0] != texts[1]
+
+
+async def test_begun_again_it_asks_nothing(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """What was answered is not asked again, sampled rows included, and the output is the same."""
+    rows = [row(f"row {number}", temperature=number % 2) for number in range(20)]
+    await run_batch_async(pipeline, rows, tmp_path / "out")
+    first, before = (tmp_path / "out").read_bytes(), num_tokens(pipeline)
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+    assert (tally.num_kept, tally.num_answered, num_tokens(pipeline)) == (20, 0, before)
+    assert (tmp_path / "out").read_bytes() == first
+
+
+async def test_what_changed_is_asked_again(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A changed row is noticed and asked, rows that moved keep greedy answers, and other parameters change all."""
+    rows = [row(f"row {number}") for number in range(10)]
+    await run_batch_async(pipeline, rows, tmp_path / "out")
+    rows[3] = row("another")
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+    assert (tally.num_kept, tally.num_changed, tally.num_answered) == (9, 1, 1)
+    before = num_tokens(pipeline)
+    rows.insert(0, row("first"))
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+    assert num_tokens(pipeline) - before == 5
+    assert [one["text"] for one in rows_in(tmp_path / "out")] == [greedy_text(one["prompt"], 5) for one in rows]
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", repetition_penalty=1.1)
+    assert (tally.num_kept, tally.num_changed, tally.num_answered) == (0, 11, 11)
+
+
+@pytest.mark.parametrize("share_equal", [True, False])
+async def test_equal_rows_are_asked_once(pipeline: AsyncLMDeployPipeline, tmp_path: Path, share_equal: bool) -> None:
+    """Equal greedy rows are asked once unless that is switched off; sampled ones always each."""
+    before = num_tokens(pipeline)
+    rows = [row("same")] * 30 + [row("same", temperature=1.0)] * 3
+    config = BatchConfig(share_equal=share_equal)
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=config)
+    assert tally.num_answered == 33
+    assert num_tokens(pipeline) - before == 5 * (4 if share_equal else 33)
+    found = rows_in(tmp_path / "out")
+    assert [one["id"] for one in found] == list(range(1, 34))
+    assert {one["text"] for one in found[:30]} == {greedy_text("same", 5)}
+
+
+async def test_a_failure_is_asked_again(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A row that an engine fails on is tried again, then told as failed, and asked again when the job is."""
+    rows = [row("a"), row("FAIL")]
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=BatchConfig(retries=1))
+    assert (tally.num_answered, tally.num_failed, tally.num_retries) == (1, 1, 1)
+    assert rows_in(tmp_path / "out")[1]["error"]["type"] == "EngineError"
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=BatchConfig(retries=0))
+    assert (tally.num_kept, tally.num_failed, tally.num_retries) == (1, 1, 0)
+
+
+async def test_too_many_failures_end_the_job(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Beyond the failures that are allowed the job stops; the next run goes on after what was answered."""
+    rows = [row("a"), *(row(f"FAIL {number}") for number in range(5)), *(row(f"b {number}") for number in range(9))]
+    with pytest.raises(TooManyFailuresError, match="more than the 2 that were allowed"):
+        await run_batch_async(pipeline, rows, tmp_path / "out", config=BatchConfig(retries=0, max_failures=2))
+    assert not (tmp_path / "out").exists()
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=BatchConfig(retries=0))
+    assert tally.num_kept + tally.num_answered == 10
+    assert tally.num_failed == 5
+
+
+async def test_a_row_may_take_so_long(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A row that takes longer than its limit fails, counted from when an actor got it, not in the queue."""
+    rows = [row(f"{number}", max_new_tokens=90) for number in range(40)] + [row("slow", max_new_tokens=95)]
+    tally = await run_batch_async(pipeline, rows[:40], tmp_path / "out", config=BatchConfig(timeout_s=10))
+    assert tally.num_failed == 0
+    tally = await run_batch_async(pipeline, rows[40:], tmp_path / "late", config=BatchConfig(timeout_s=0.05))
+    assert tally.num_failed == 1
+    assert rows_in(tmp_path / "late")[0]["error"]["type"] == "RequestTimeoutError"
+
+
+async def test_the_last_rows_may_be_given_up(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """When the share that was asked for is answered, the rest is listed as given up, and asked by the next run."""
+    rows = [row(f"{number}") for number in range(19)] + [row("FAIL")]
+    config = BatchConfig(retries=1000, finish_at=0.95)
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=config)
+    assert (tally.num_answered, tally.num_failed) == (19, 1)
+    error = rows_in(tmp_path / "out")[-1]["error"]
+    assert (error["type"], error["message"]) == (
+        "RequestCancelledError",
+        "given up when 0.95 of the rows were answered",
+    )
+
+
+async def test_the_longest_go_first(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Rows with the highest limit are sent first, as far as they have been read."""
+    rows = [row(f"{number}", max_new_tokens=1 + number) for number in range(60)]
+    await run_batch_async(pipeline, rows, tmp_path / "out")
+    with open_ledger(tmp_path / "out") as ledger:
+        ends = [record.at for record in ledger.records()]
+    assert sum(ends[40:]) / 20 < sum(ends[:20]) / 20
+
+
+async def test_shards_make_one_output(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Parts that were answered one by one are merged to what one job would have written."""
+    rows = [row(f"row {number}") for number in range(11)]
+    out = tmp_path / "out"
+    for number in (3, 1):
+        await run_batch_async(pipeline, rows, out, shard=(number, 3))
+    with pytest.raises(InvalidRequestError, match=r"shard 2/3 of .* is missing"):
+        merge_shards(out, 11)
+    await run_batch_async(pipeline, rows, out, shard=(2, 3))
+    assert not out.exists()
+    with pytest.raises(InvalidRequestError, match="the input has 12 rows, and 11 were answered"):
+        merge_shards(out, 12, overwrite=True)
+    tally = merge_shards(out, 11, overwrite=True)
+    assert (tally.num_rows, tally.num_failed) == (11, 0)
+    assert [one["text"] for one in rows_in(out)] == [greedy_text(one["prompt"], 5) for one in rows]
+    tally = await run_batch_async(pipeline, rows, out)
+    assert tally.num_kept == 11
+
+
+async def test_a_shard_that_was_cut_off_is_not_merged(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A row that is missing in the middle is told, with what to do; the whole job then asks that row alone."""
+    rows = [row(f"row {number}") for number in range(6)]
+    await run_batch_async(pipeline, rows, tmp_path / "out", shard=(1, 2))
+    await run_batch_async(pipeline, rows[:4], tmp_path / "out", shard=(2, 2))
+    with pytest.raises(InvalidRequestError, match="the input has 6 rows, and 5 were answered"):
+        merge_shards(tmp_path / "out", 6)
+    tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+    assert (tally.num_kept, tally.num_answered) == (5, 1)
+
+
+async def test_an_output_of_somebody_else_is_kept(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """An output that no job has made is replaced on request alone."""
+    out = tmp_path / "out"
+    out.write_text("precious")
+    with pytest.raises(InvalidRequestError, match="only on request"):
+        await run_batch_async(pipeline, [row("a")], out)
+    assert out.read_text() == "precious"
+    assert not ledger_path(out).exists()
+    await run_batch_async(pipeline, [row("a")], out, overwrite=True)
+    assert rows_in(out)[0]["text"] == greedy_text("a", 5)
+
+
+class Collected:
+    """An output that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, records: Any) -> None:
+        self.records += records
+
+    def close(self) -> None:
+        pass
+
+
+async def test_no_more_rows_are_read_than_need_be(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Reading keeps a bounded distance to the output, however long the input is."""
+    num_read = 0
+    output = Collected()
+
+    async def endless() -> AsyncIterator[Row]:
+        nonlocal num_read
+        while True:
+            num_read += 1
+            yield Row(place="", id=num_read, fields=row(f"{num_read}", max_new_tokens=1))
+            assert num_read <= len(output.records) + 3000
+
+    with open_ledger(tmp_path / "out") as ledger:
+        running = asyncio.ensure_future(Job(pipeline, ledger).run(endless(), output))
+        await until(lambda: running.done() or num_read > 5000)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    now = pipeline.statistics()
+    assert (now.num_running, now.num_waiting) == (0, 0)
+    await until(lambda: not any(slot.engine and slot.engine.num_running for slot in pipeline.statistics().slots))
+
+
+async def test_an_input_that_breaks_is_told(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """An error of reading is raised, and what was answered before it is kept."""
+    done = asyncio.Event()
+
+    async def breaking() -> AsyncIterator[Row | BadRow]:
+        yield Row(place="", id=1, fields=row("a"))
+        await done.wait()
+        raise OSError("the disk is gone")
+
+    output = Collected()
+    with open_ledger(tmp_path / "out") as ledger:
+        running = asyncio.ensure_future(Job(pipeline, ledger).run(breaking(), output))
+        await until(lambda: bool(output.records))
+        done.set()
+        with pytest.raises(OSError, match="the disk is gone"):
+            await running
+        assert ledger.has(0)
+
+
+async def test_a_disk_that_fails_is_told(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """When an answer cannot be written, the job ends with the error, and nothing goes on behind it."""
+
+    class Full(Collected):
+        def write(self, _records: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    async def one() -> AsyncIterator[Row]:
+        yield Row(place="", id=1, fields=row("a"))
+
+    with open_ledger(tmp_path / "out") as ledger, pytest.raises(OSError, match="No space left"):
+        await Job(pipeline, ledger).run(one(), Full())
+
+
+async def test_actors_see_a_shared_prefix_once_before_the_rest(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Where prompts begin with the same long text, one row goes to each actor first."""
+    prefix = "p" * 2000
+    rows = [row(f"{prefix} {number}") for number in range(20)]
+    sent: list[int] = []
+    tally: list[Tally] = []
+
+    def begun(present: Tally) -> None:
+        tally.append(present)
+
+    running = asyncio.ensure_future(run_batch_async(pipeline, rows, tmp_path / "out", begun=begun))
+    await until(lambda: bool(tally) and tally[0].num_rows == 20)
+    sent.append(tally[0].num_sent)
+    await running
+    assert sent == [2]
+    assert [one["text"] for one in rows_in(tmp_path / "out")] == [greedy_text(one["prompt"], 5) for one in rows]
+
+
+async def test_a_slow_row_is_sent_to_another_actor(cluster: str, tmp_path: Path) -> None:
+    """A last row whose actor hangs is answered by another one, long before anybody would call the actor dead."""
+    faults = (Fault(match="HANG", at_token=3, action="hang"),)
+    engines = [
+        SimulatedConfig(tokens_per_s=500, faults=faults),
+        SimulatedConfig(tokens_per_s=500),
+    ]
+    async with AsyncChatbot(engines, temperature=0, address=cluster) as chatbot:
+        for attempt in range(20):  # until the row gets to the actor that hangs
+            rows = [row(f"{number}") for number in range(30)] + [row(f"HANG {attempt}", max_new_tokens=50)]
+            began_at = time.monotonic()
+            tally = await run_batch_async(chatbot, rows, tmp_path / f"out{attempt}")
+            assert rows_in(tmp_path / f"out{attempt}")[-1]["text"] == greedy_text(f"HANG {attempt}", 50)
+            if tally.num_hedged:
+                break
+        assert tally.num_hedged
+        assert time.monotonic() - began_at < 20
+
+
+async def test_the_digest_is_of_words_and_parameters(pipeline: AsyncLMDeployPipeline) -> None:
+    """Each thing that may change the answer changes the digest, and the request's name does not."""
+    requests = [
+        pipeline.request(prompt="a"),
+        pipeline.request(prompt="b"),
+        pipeline.request(prompt="a", max_new_tokens=7),
+        pipeline.request(prompt="a", stop_words=["x"]),
+        pipeline.request(messages=[{"role": "user", "content": "a"}]),
+        pipeline.request(messages=[{"role": "system", "content": "a"}]),
+    ]
+    assert len({digest(request) for request in requests}) == len(requests)
+    assert digest(pipeline.request(prompt="a")) == digest(requests[0])
+
+
+async def test_readings_are_for_programs_too(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Rows that a program has may go through a template."""
+    rows = [{"question": "one"}, {"question": "two"}]
+    reading = Reading(prompt="Q: {question}")
+    await run_batch_async(pipeline, rows, tmp_path / "out", reading=reading, max_new_tokens=5)
+    assert [one["text"] for one in rows_in(tmp_path / "out")] == [
+        greedy_text(f"Q: {name}", 5) for name in ("one", "two")
+    ]
