@@ -84,7 +84,7 @@ $(VENV)/.runs: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,redis,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,data,redis,dev]'
 	@touch $@
 
 $(LMDEPLOY):

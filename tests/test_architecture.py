@@ -19,7 +19,7 @@ LAYERS = [
     {"actors"},
     {"routing", "stream", "link", "pool", "conversation", "served"},
     {"chatbot"},
-    {"api", "batch", "serve"},
+    {"api", "batch", "data", "serve"},
     {"cli", "demo", "compat"},
 ]
 """A module imports from its own layer and the ones above it in this list, never from one below."""
