@@ -50,8 +50,8 @@ class Generate:
     All rows of a batch are at the pool together, in its batch lane, the longest first. Ray Data gives a worker more
     batches while the first is being answered: four of a task, and `max_concurrent_calls_per_actor` tasks.
 
-    When a worker dies, Ray Data computes its unfinished blocks again: keep them small, some hundred rows. One that outgrows
-    `DataContext.target_max_block_size` on its way may lose rows then (docs/guides/ray-data.md).
+    When a worker dies, Ray Data computes its unfinished blocks again. Keep them small, some hundred rows: one that is
+    beyond `DataContext.target_max_block_size` with its answers may lose rows then (docs/guides/ray-data.md).
 
     It returns the batch with `OUTPUT_COLUMNS` added. A row that is wrong, or that no actor could answer, has its error
     there, and a null for its text.
