@@ -41,7 +41,7 @@ OUTPUT_COLUMNS = {
 _PARAMETERS = GenerationConfig.__struct_fields__
 
 _IDLE_S = 2.0
-"""A worker that has had no batch for so long leaves the model; joining it again takes some tens of milliseconds."""
+"""A worker that has had no batch for so long leaves the model, and joins it again for the next one."""
 
 
 class Generate:
@@ -66,10 +66,10 @@ class Generate:
         sampling: Generation parameters (`raylm.messages.GenerationConfig`) of all rows.
 
     Raises:
-        InvalidRequestError: an argument is wrong; from a call: the batch has not the columns, or has one of that name
+        InvalidRequestError: an argument is wrong. From a call: the batch has not the columns, or has one of that name
             already.
-        ModelNotFoundError: no model of that name is served on the cluster.
-        EngineStartError: an engine does not start; the text says what to do.
+        ModelNotFoundError: from a call: no model of that name is served on the cluster.
+        EngineStartError: from a call: an engine does not start; the text says what to do.
     """
 
     def __init__(
