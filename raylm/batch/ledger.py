@@ -31,7 +31,7 @@ from raylm.batch.rows import OpenAIForm
 from raylm.errors import ErrorMessage, OutputBusyError
 from raylm.messages import Completion, EngineInfo, Receipt
 
-_CRC = b',"crc":"%08x"}\n'
+_CRC = b',"crc":"%08x"}'
 _CRC_BYTES = len(_CRC % 0)
 
 ANSWERED, FAILED = 1, 0
@@ -275,7 +275,7 @@ class Ledger:
     # Inside
 
     def _push(self, line: bytes) -> tuple[int, int]:
-        whole = line[:-1] + _CRC % zlib.crc32(line[:-1])
+        whole = line[:-1] + _CRC % zlib.crc32(line[:-1]) + b"\n"
         offset = self._end
         self._pending[offset] = whole
         self._end += len(whole)
@@ -325,6 +325,7 @@ def engine_key(engine: EngineInfo | Receipt) -> str:
 
 def checked(line: bytes) -> bytes | None:
     """Return the JSON of a ledger's line without its checksum, or None where the line is not whole."""
+    line = line.removesuffix(b"\n")  # which may be all that was cut off
     body, tail = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
     return body + b"}" if tail == _CRC % zlib.crc32(body) else None
 
