@@ -45,7 +45,14 @@ from rich.text import Text
 from raylm import heap
 from raylm._version import __version__
 from raylm.config import Backend, BatchConfig, EngineConfig, ServeConfig
-from raylm.errors import CapacityError, EngineStartError, InvalidRequestError, RaylmError
+from raylm.errors import (
+    CapacityError,
+    EngineStartError,
+    InvalidRequestError,
+    OutputBusyError,
+    RaylmError,
+    TooManyFailuresError,
+)
 from raylm.messages import GenerationConfig, Status
 
 if TYPE_CHECKING:
@@ -887,7 +894,8 @@ def _say_error(error: BaseException) -> None:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, InvalidRequestError):
         return _WRONG
-    if isinstance(error, RaylmError) and not isinstance(error, CapacityError | EngineStartError):
+    stops = CapacityError | EngineStartError | OutputBusyError | TooManyFailuresError
+    if isinstance(error, RaylmError) and not isinstance(error, stops):
         return _FAILED
     return _NO_START
 

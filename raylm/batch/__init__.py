@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from raylm.batch.job import Job, Tally
-from raylm.batch.ledger import Ledger, Record, engine_key
+from raylm.batch.ledger import Ledger, Record, check_free, engine_key
 from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
 from raylm.batch.rows import BadRow, Reading, Row, read_rows, rows_of
 from raylm.chatbot import AsyncChatbot, Chatbot
@@ -173,10 +173,12 @@ def check_output(output: Path, shard: tuple[int, int] = (1, 1), *, overwrite: bo
 
     Raises:
         InvalidRequestError: there is an output, or a part of one, without a ledger; or no folder for it.
+        OutputBusyError: another process works on it.
     """
     path = ledger_path(output, shard)
     if not output.parent.is_dir():
         raise InvalidRequestError(f"{output}: there is no folder {output.parent}")
+    check_free(path)
     if path.exists() or overwrite or shard[1] > 1:
         return
     for taken in (output, partial_path(output)):

@@ -22,6 +22,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -103,7 +104,7 @@ class Ledger:
         num_torn: Lines that could not be read.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
         self.runs: list[Run] = []
         self.num_torn = 0
@@ -134,10 +135,7 @@ class Ledger:
         """
         file = path.open("a+b", buffering=0)
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputBusyError(f"{path} is being written by {_owner(path)}; wait for it, or end it") from None
+            _lock(path, file)
             ledger = cls(path, file)
             ledger._load()
         except BaseException:
@@ -328,6 +326,24 @@ def checked(line: bytes) -> bytes | None:
     line = line.removesuffix(b"\n")  # which may be all that was cut off
     body, tail = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
     return body + b"}" if tail == _CRC % zlib.crc32(body) else None
+
+
+def check_free(path: Path) -> None:
+    """Tell whether a ledger could be opened now.
+
+    Raises:
+        OutputBusyError: another process has it open; the text says which.
+    """
+    if path.exists():
+        with path.open("rb") as file:
+            _lock(path, file)
+
+
+def _lock(path: Path, file: BinaryIO | FileIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputBusyError(f"{path} is being written by {_owner(path)}; wait for it, or end it") from None
 
 
 def _owner(path: Path) -> str:
