@@ -20,7 +20,34 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
-class OpenVINOConfig(_Config):
+_LabelSelector = Annotated[str, Field(pattern=r"^!?(in\([^()]+\)|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)$")]
+"""`value`, `!value`, `in(a,b)` or `!in(a,b)`, as in Ray."""
+
+_BUILTIN_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
+
+
+class _Placed(_Config):
+    """Which nodes an engine's actors may go to.
+
+    Attributes:
+        label_selector: What their labels must be: `value`, `!value`, `in(a,b)` or `!in(a,b)` by the label's name.
+        resources: Custom Ray resources that each actor takes, by name.
+    """
+
+    label_selector: dict[str, _LabelSelector] = {}
+    resources: dict[str, PositiveFloat] = {}
+
+    @model_validator(mode="after")
+    def _resources_are_custom(self) -> Self:
+        for name, amount in self.resources.items():
+            if name in _BUILTIN_RESOURCES or name.startswith("accelerator_type:"):
+                raise ValueError(f"resources: {name} follows from other settings; name custom resources only")
+            if amount > 1 and amount != int(amount):
+                raise ValueError(f"resources: {name} must be a whole number where it is above 1, got {amount:g}")
+        return self
+
+
+class OpenVINOConfig(_Placed):
     """Settings of the OpenVINO engine, the embedded default on CPU.
 
     Attributes:
@@ -64,7 +91,7 @@ class Fault(_Config):
     action: Literal["die", "hang", "fail"]
 
 
-class SimulatedConfig(_Config):
+class SimulatedConfig(_Placed):
     """Settings of the simulated engine: a clock, not a model.
 
     Attributes:
@@ -73,7 +100,8 @@ class SimulatedConfig(_Config):
         capacity: Streams that run together.
         max_context: Prompt and generated tokens together. A word is a token.
         first_token_s: Seconds from the request to its first token, on top of one token's time.
-        num_gpus: Logical GPUs that its actor reserves, for trying out placement. Nothing runs on them.
+        num_gpus: Logical GPUs that its actor reserves, or a share of one, to try out placement. Nothing runs on them.
+        accelerator_type: Model of these GPUs.
         faults: What goes wrong.
     """
 
@@ -83,11 +111,22 @@ class SimulatedConfig(_Config):
     capacity: int = Field(default=1024, ge=1)
     max_context: int = Field(default=8192, ge=1)
     first_token_s: float = Field(default=0, ge=0)
-    num_gpus: int = Field(default=0, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    accelerator_type: str | None = None
     faults: tuple[Fault, ...] = ()
 
+    @model_validator(mode="after")
+    def _shares_one_gpu(self) -> Self:
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"num_gpus must be a whole number where it is above 1, got {self.num_gpus:g}")
+        return self
 
-class _LMDeployEngineConfig(_Config):
+
+LMDEPLOY_CACHE_SHARE = 0.8
+"""Share of the free GPU memory that lmdeploy takes for the KV cache. Source: lmdeploy 0.18, both engine configs."""
+
+
+class _LMDeployEngineConfig(_Placed):
     """What an lmdeploy engine is told, in this process or in a server of its own. Names are lmdeploy's.
 
     Attributes:
@@ -95,11 +134,15 @@ class _LMDeployEngineConfig(_Config):
         model_name: Name in receipts; None takes it from `path`.
         backend: lmdeploy's engine.
         device: Where it computes. `cpu` is the PyTorch engine through `raylm.engines.lmdeploy_cpu`, for development and
-            tests.
-        tp: GPUs that hold the model together.
+            tests; `ascend` is the PyTorch engine on Ascend NPUs.
+        tp: GPUs, or NPUs, that hold the model together.
+        num_gpus: Share of one GPU, for small models that are to share one. Their KV caches share its memory. None takes
+            `tp` whole ones.
+        accelerator_type: Model of the GPUs by Ray's name of it, such as `A100` or `H100`; None takes any.
         session_len: Prompt and generated tokens together; None takes the model's own limit.
         max_batch_size: Requests decoded together; None lets lmdeploy decide.
-        cache_max_entry_count: Share of the free GPU memory for the KV cache; None takes lmdeploy's default.
+        cache_max_entry_count: Share of the free GPU memory for the KV cache; None takes lmdeploy's default, times
+            `num_gpus` where GPUs are shared.
         quant_policy: Bits of the KV cache's entries: 0 (as computed), 4 or 8.
         dtype: Of weights and activations.
         model_format: How the weights are stored; None lets lmdeploy find out.
@@ -112,8 +155,10 @@ class _LMDeployEngineConfig(_Config):
     path: str = ""
     model_name: str | None = None
     backend: Literal["turbomind", "pytorch"] = "turbomind"
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Literal["cuda", "ascend", "cpu"] = "cuda"
     tp: int = Field(default=1, ge=1)
+    num_gpus: float | None = Field(default=None, gt=0, lt=1)
+    accelerator_type: str | None = None
     session_len: int | None = Field(default=None, ge=1)
     max_batch_size: int | None = Field(default=None, ge=1)
     cache_max_entry_count: float | None = Field(default=None, gt=0, lt=1)
@@ -127,12 +172,26 @@ class _LMDeployEngineConfig(_Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_pytorch_on_cpu(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and settings.get("device") == "cpu":
+    def _only_pytorch_without_gpu(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and (device := settings.get("device")) in ("cpu", "ascend"):
             if settings.get("backend", "pytorch") != "pytorch":
-                raise ValueError("device cpu takes backend pytorch: TurboMind runs on GPUs alone")
+                raise ValueError(f"device {device} takes backend pytorch: TurboMind runs on GPUs alone")
             return {**settings, "backend": "pytorch"}
         return settings
+
+    @model_validator(mode="after")
+    def _shares_one_gpu(self) -> Self:
+        if self.num_gpus is not None and (self.tp > 1 or self.device != "cuda"):
+            raise ValueError("num_gpus is the share of one GPU; it takes tp 1 and device cuda")
+        return self
+
+    @property
+    def cache_share(self) -> float | None:
+        """What lmdeploy is told as `cache_max_entry_count`; None for its default."""
+        if self.cache_max_entry_count is None and self.num_gpus is not None:
+            # Of what is free when the engine starts: together they never want more than one alone would.
+            return LMDEPLOY_CACHE_SHARE * self.num_gpus
+        return self.cache_max_entry_count
 
 
 class LMDeployConfig(_LMDeployEngineConfig):
@@ -156,7 +215,7 @@ class APIServerConfig(_LMDeployEngineConfig):
     api_key: str | None = Field(default=None, repr=False)
 
 
-class HTTPConfig(_Config):
+class HTTPConfig(_Placed):
     """Settings of a client of an lmdeploy api_server or of any server that speaks OpenAI's protocol.
 
     Attributes:
@@ -183,7 +242,7 @@ class HTTPConfig(_Config):
     idle_timeout_s: PositiveFloat = 60
 
 
-class TritonConfig(_Config):
+class TritonConfig(_Placed):
     """Settings of a client of a Triton server.
 
     Attributes:
@@ -253,6 +312,8 @@ class PoolConfig(_Config):
         interactive_reserve: Share of each slot's capacity that the batch lane leaves free, so that an interactive
             request finds room at once whatever batch jobs run, 0 to 1. Of a capacity above 1 it is one at least.
         max_pins: Sessions whose slot the pool remembers; the least recently used is forgotten.
+        placement_timeout_s: How long actors that do not fit even on idle nodes wait for nodes to join, in sight of
+            Ray's autoscaler; 0 refuses them at once. None: five minutes for a model that is served, else 0.
     """
 
     max_queued: int | None = Field(default=None, ge=1)
@@ -263,6 +324,7 @@ class PoolConfig(_Config):
     batch_share: float = Field(default=0.1, ge=0, le=1)
     interactive_reserve: float = Field(default=0, ge=0, lt=1)
     max_pins: int = Field(default=1_000_000, ge=1)
+    placement_timeout_s: float | None = Field(default=None, ge=0)
 
 
 class BatchConfig(_Config):
@@ -330,6 +392,28 @@ class ModelConfig(_Config):
     def slots(self) -> list[EngineConfig]:
         """Return the engine of each slot."""
         return [group.engine for group in self.engines for _ in range(group.replicas)]
+
+
+class NodeConfig(_Config):
+    """Nodes of a cluster that is not there, to plan for.
+
+    Attributes:
+        name: Of one node; several are numbered.
+        count: How many there are.
+        num_cpus: CPUs of each.
+        num_gpus: GPUs of each.
+        accelerator_type: Model of the GPUs by Ray's name of it.
+        resources: Other resources of each, such as `NPU`.
+        labels: Labels of each.
+    """
+
+    name: str = "node"
+    count: int = Field(default=1, ge=1)
+    num_cpus: float = Field(ge=0)
+    num_gpus: int = Field(default=0, ge=0)
+    accelerator_type: str | None = None
+    resources: dict[str, PositiveFloat] = {}
+    labels: dict[str, str] = {}
 
 
 class GatewayConfig(_Config):

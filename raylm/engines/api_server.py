@@ -49,7 +49,7 @@ _TAIL_CHARS = 1500  # of it that are shown
 _ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", re.MULTILINE)  # with which a traceback ends
 
 _USAGE_STATUS = 2  # with which argparse ends a process
-_MODULES = {"cuda": "lmdeploy", "cpu": "raylm.engines.lmdeploy_cpu"}
+_MODULES = {"cuda": "lmdeploy", "ascend": "lmdeploy", "cpu": "raylm.engines.lmdeploy_cpu"}
 
 _log = logging.getLogger(__name__)
 
@@ -393,12 +393,12 @@ def arguments(config: APIServerConfig) -> list[str]:
     backend = "pytorch" if on_cpu else config.backend
     named: dict[str, Any] = {
         "backend": backend,
-        "device": "cpu" if on_cpu else None,
+        "device": None if config.device == "cuda" else config.device,
         "model_name": config.model_name or model_name(config.path),
         "tp": config.tp,
         "session_len": config.session_len,
         "max_batch_size": config.max_batch_size,
-        "cache_max_entry_count": config.cache_max_entry_count,
+        "cache_max_entry_count": config.cache_share,
         "quant_policy": config.quant_policy or None,
         "dtype": config.dtype,
         "model_format": config.model_format,

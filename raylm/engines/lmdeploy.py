@@ -67,7 +67,7 @@ class LMDeployEngine:
                 "tp": config.tp,
                 "session_len": config.session_len,
                 "max_batch_size": config.max_batch_size,
-                "cache_max_entry_count": config.cache_max_entry_count,
+                "cache_max_entry_count": config.cache_share,
                 "quant_policy": config.quant_policy,
                 "dtype": config.dtype,
                 "model_format": config.model_format,

@@ -105,7 +105,7 @@ class Load(msgspec.Struct, tag=True):
     Attributes:
         path: Model folder, or the GGUF file of a built-in model.
         backend: `turbomind` or `pytorch`.
-        device: `cuda` or `cpu`.
+        device: `cuda`, `ascend` or `cpu`.
         engine_config: Arguments of lmdeploy's engine config that raylm has a setting for, None for its default.
         options: Any others, as the user gave them.
     """
