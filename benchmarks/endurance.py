@@ -37,7 +37,7 @@ from harness import Figure, local_cluster, publish, quick_asked, say
 from triton_client import server as triton_server
 
 from raylm.actors.engine_actor import EngineActor
-from raylm.actors.manager import shape
+from raylm.actors.placement import shape
 from raylm.config import EngineConfig, HTTPConfig, SimulatedConfig, TritonConfig
 from raylm.messages import GenerationConfig, Request
 from raylm.pool import Pool

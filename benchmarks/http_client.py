@@ -38,7 +38,7 @@ from harness import Figure, local_cluster, publish, quick_asked, say
 from token_plane import machine_cpu_s, quantile
 
 from raylm.actors.engine_actor import EngineActor
-from raylm.actors.manager import shape
+from raylm.actors.placement import shape
 from raylm.config import HTTPConfig
 from raylm.messages import GenerationConfig, Request
 from raylm.pool import Pool, Stream

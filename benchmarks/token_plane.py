@@ -43,7 +43,7 @@ from harness import Figure, local_cluster, publish, quick_asked, say
 
 from raylm import heap
 from raylm.actors.engine_actor import EngineActor
-from raylm.actors.manager import shape
+from raylm.actors.placement import shape
 from raylm.config import SimulatedConfig
 from raylm.engines.base import Emit
 from raylm.engines.simulated import SimulatedEngine

@@ -119,7 +119,11 @@ class AsyncChatbot:
             self._owns_ray = await asyncio.to_thread(connect, self._address)
         try:
             self._engines = tuple(self._place())
-            self._manager = await PoolManager.start(self._engines, self._session_config)
+            self._manager = await PoolManager.start(
+                self._engines,
+                self._session_config,
+                placement_timeout_s=self._pool_config.placement_timeout_s if self._pool_config else None,
+            )
             self._pool = Pool(self._pool_config, replace=self._manager.replace)
             ready = [self._pool.attach(slot, actor) for slot, actor in enumerate(self._manager.actors)]
             await asyncio.gather(*ready)

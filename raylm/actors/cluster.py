@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import Counter
 from typing import Any
 
 import ray
 from ray._private.authentication import authentication_token_setup
 from ray._private.services import canonicalize_bootstrap_address
+from ray._private.state import available_resources_per_node
 
 from raylm.actors.placement import Node
 from raylm.errors import PlacementError
 
 _OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
 _CONNECT_TIMEOUT_S = 5.0
+
+_COUNTED = frozenset({"CPU", "GPU"})
+_BUILTIN = _COUNTED | {"memory", "object_store_memory"}
 
 
 def connect(address: str | None) -> bool:
@@ -65,9 +70,29 @@ def _answers(address: str) -> bool:
 
 
 def nodes() -> list[Node]:
-    """Return the living nodes of the cluster that this process is connected to."""
-    return [
-        Node(node["NodeManagerHostname"], node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    """Return the living nodes of the cluster that this process is connected to, and what of them is taken."""
+    free = available_resources_per_node()
+    found = [node for node in ray.nodes() if node["Alive"]]
+    hosts = Counter(node["NodeManagerHostname"] for node in found)
+    result = []
+    for node in found:
+        host, node_id, total = node["NodeManagerHostname"], node["NodeID"], node["Resources"]
+        # Of a node that has just joined it is not known yet what is free: all.
+        held = {name: amount - free.get(node_id, total).get(name, 0) for name, amount in total.items()}
+        result.append(
+            Node(
+                host if hosts[host] == 1 else f"{host}:{node_id[:6]}",
+                total.get("CPU", 0),
+                total.get("GPU", 0),
+                {name: amount for name, amount in total.items() if not _is_builtin(name)},
+                node["Labels"],
+                node_id,
+                {name: amount for name, amount in held.items() if amount > 0 and not _is_builtin(name, but=_COUNTED)},
+            )
+        )
+    return result
+
+
+def _is_builtin(name: str, but: frozenset[str] = frozenset()) -> bool:
+    """Return whether Ray itself gives a node that resource, and no engine asks for it by name."""
+    return name not in but and (name in _BUILTIN or name.startswith("node:"))

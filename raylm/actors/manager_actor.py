@@ -102,9 +102,14 @@ class ManagerActor:
             NoActorError: one of their processes died as it started.
         """
         if self._starting is None:
-            name = self._config.name
+            config = self._config
             self._starting = asyncio.create_task(
-                PoolManager.start(self._config.slots(), self._config.sessions, name=name)
+                PoolManager.start(
+                    config.slots(),
+                    config.sessions,
+                    name=config.name,
+                    placement_timeout_s=config.pool.placement_timeout_s,
+                )
             )
         try:
             self._manager = await asyncio.shield(self._starting)
