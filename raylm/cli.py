@@ -3,7 +3,7 @@
 Answers go to stdout, and everything else to stderr. Exit codes:
 
     0    everything was answered
-    1    some prompts, rows or turns failed; the others were answered
+    1    some prompts, rows or turns failed; the others were answered. Of `plan`: it does not fit
     2    wrong usage or wrong input; nothing was done
     3    it could not start, or could not go on: no room in the cluster, no engine, no disk
     130  interrupted by Ctrl-C or SIGTERM
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO, TypeVar
 
 import typer
 import uvloop
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +45,7 @@ from rich.text import Text
 
 from raylm import heap
 from raylm._version import __version__
-from raylm.config import Backend, BatchConfig, EngineConfig, ServeConfig
+from raylm.config import Backend, BatchConfig, EngineConfig, NodeConfig, ServeConfig
 from raylm.errors import (
     CapacityError,
     EngineStartError,
@@ -443,6 +444,52 @@ def serve(
         serve_until_interrupted(endpoint, started)
 
 
+@app.command(
+    epilog="Exit codes: 0 it fits; 1 it does not; 2 wrong usage or input; 3 there is no such cluster.",
+)
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file, as for serve.", show_default=False)
+    ] = None,
+    *,
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|JSON",
+            help='Plan for these nodes in place of a cluster\'s: [{"count": 4, "num_cpus": 64, "num_gpus": 8}, ...].',
+            show_default=False,
+        ),
+    ] = None,
+    address: _Address = None,
+) -> None:
+    """Show, node by node, which replica's ranks would go where, and what is missing. Starts no actor.
+
+    It plans with what is free now: what is running already keeps its place.
+    """
+    from raylm.actors.placement import Node, nodes_of, replicas_of
+    from raylm.actors.placement import plan as place
+
+    settings = ServeConfig() if config is None else ServeConfig.load(config)
+    found: list[Node]
+    if nodes is not None:
+        if address is not None:
+            raise typer.BadParameter("give --nodes or --address", param_hint="--nodes")
+        found = nodes_of(_nodes(nodes))
+    else:
+        import ray
+
+        from raylm.actors import cluster
+
+        with redirect_stdout(sys.stderr):
+            cluster.connect(address)
+            found = cluster.nodes()
+            ray.shutdown()
+    planned = place(found, replicas_of(settings.models))
+    print(planned.text())  # noqa: T201
+    if not planned.fits:
+        raise typer.Exit(_FAILED)
+
+
 @app.command()
 def compat() -> None:
     """Show what the installed lmdeploy has and lacks of what the four classes need, and what raylm does instead."""
@@ -494,8 +541,23 @@ def _engine(settings: str | None) -> EngineConfig | None:
     try:
         return adapter.validate_json(settings)
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ") for found in error.errors()]
-        raise typer.BadParameter("; ".join(reasons), param_hint="--engine-config") from None
+        raise _wrong(error, "--engine-config") from None
+
+
+def _nodes(described: str) -> list[NodeConfig]:
+    """Return nodes that are described in JSON, or in a file of JSON or YAML."""
+    try:
+        text = described if described.lstrip().startswith(("[", "{")) else Path(described).read_text()
+        return TypeAdapter(list[NodeConfig]).validate_python(yaml.safe_load(text))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(" ".join(str(error).split()), param_hint="--nodes") from None
+    except ValidationError as error:
+        raise _wrong(error, "--nodes") from None
+
+
+def _wrong(error: ValidationError, option: str) -> typer.BadParameter:
+    reasons = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}".removeprefix(": ") for found in error.errors()]
+    return typer.BadParameter("; ".join(reasons), param_hint=option)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

@@ -198,6 +198,42 @@ def test_a_pool_that_does_not_fit(cluster: str) -> None:
     assert re.fullmatch(r"error: 1000 replicas of 1 CPU each.* do not fit.*\n", result.stderr)
 
 
+PLAN = """
+models:
+  - name: small
+    engines: [{kind: lmdeploy, path: small, num_gpus: 0.5, replicas: 2}]
+  - name: big
+    engines: [{kind: lmdeploy, path: big, backend: pytorch, tp: 8}]
+"""
+
+
+def test_a_plan_for_nodes_that_are_not_there(tmp_path: Path) -> None:
+    """`raylm plan --nodes` takes JSON or a file, needs no cluster, and exits with 0 when it fits and 1 when not."""
+    config, nodes = tmp_path / "config.yaml", tmp_path / "nodes.yaml"
+    config.write_text(PLAN)
+    nodes.write_text("[{name: box, count: 2, num_cpus: 8, num_gpus: 4}, {name: spare, num_cpus: 8, num_gpus: 1}]")
+    result = run(None, "plan", str(config), f"--nodes={nodes}")
+    assert result.stdout.splitlines() == [
+        "box-0: 8 CPUs, 4 GPUs: big slot 0 (ranks 0-3 of 8)",
+        "box-1: 8 CPUs, 4 GPUs: big slot 0 (ranks 4-7 of 8)",
+        "spare: 8 CPUs, 1 GPU: small slots 0-1 (0.5 GPU each)",
+        "",
+        "it fits: 3 replicas on 3 nodes and 9 of 9 free GPUs",
+    ]
+    assert (result.returncode, result.stderr) == (0, "")
+    result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 6}]')
+    assert result.returncode == 1
+    assert "big: 1 replica of 8 GPUs and 1 CPU, over several nodes, does not fit: room for 0" in result.stdout
+
+
+@pytest.mark.parametrize("wrong", ["[{}]", '[{"num_cpus": 1, "gpus": 1}]', "/no/such/file", "[1"])
+def test_wrong_nodes_to_plan_for(wrong: str) -> None:
+    """A wrong `--nodes` is named, and the exit code is 2."""
+    result = run(None, "plan", f"--nodes={wrong}")
+    assert result.returncode == 2
+    assert "--nodes" in result.stderr
+
+
 def test_the_real_model(cluster: str) -> None:
     """Out of the box, `raylm generate` continues a text with the built-in model."""
     result = run(cluster, "generate", "The capital of France is", "--temperature=0", "--max-new-tokens=8")

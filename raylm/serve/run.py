@@ -20,6 +20,8 @@ from raylm.errors import EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.haproxy import LOOPBACK
 
+_log = logging.getLogger(__name__)
+
 Proxy = Literal["auto", "haproxy", "python"]
 
 APP = "raylm"
@@ -142,11 +144,24 @@ class Endpoint:
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
         asyncio.run(_end_outdated(self._config.models))
+        problem = self._no_room()
+        if problem:  # said now, for the managers wait for nodes to join before they give up
+            _log.warning("waiting for room in the cluster. %s", problem)
         try:
             serve.run(build_app(self._config), name=APP, route_prefix="/", blocking=False)
-        except RayServeException as error:
-            raise PlacementError(f"the gateways did not start: {error}") from error
+        except (RayServeException, RuntimeError) as error:  # the latter has no more to say than that it failed
+            raise PlacementError(problem or f"the gateways did not start: {error}") from error
         asyncio.run(_wait_until_up(self._config.models))
+
+    def _no_room(self) -> str:
+        """Return why models that are not being served yet have no room; empty when they have."""
+        from raylm.actors.cluster import nodes
+        from raylm.actors.manager_actor import served_models
+        from raylm.actors.placement import plan, replicas_of
+
+        running = served_models()
+        planned = plan(nodes(), replicas_of(model for model in self._config.models if model.name not in running))
+        return "" if planned.fits else planned.refusal()
 
     def stop(self) -> None:
         """End gateways and actors, and Serve and Ray where `start` has started them."""
