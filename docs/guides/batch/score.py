@@ -17,5 +17,9 @@ def read(path: str) -> list[dict[str, str]]:
 
 expected = {row["id"]: row["answer"] for row in read(sys.argv[1])}
 given = {row["id"]: row["text"] for row in read(sys.argv[2]) if not row["error"]}
-right = [name for name, answer in expected.items() if re.search(rf"\b{re.escape(answer)}\b", given.get(name, ""), re.I)]
+right = [
+    name
+    for name, answer in expected.items()
+    if re.search(rf"\b{re.escape(answer)}\b", given.get(name, ""), re.IGNORECASE)
+]
 print(f"{len(right)} of {len(expected)} right, {len(expected) - len(given)} not answered")
