@@ -20,7 +20,8 @@ import yaml
 
 from raylm.ports import free_port
 
-_MAIN = """import signal, sys
+_MAIN = """import ctypes, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with the tests, however these end
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from raylm.cli import main
 sys.exit(main())
