@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from raylm.api import ServedModel as ServedModel
     from raylm.api import TritonClient as TritonClient
     from raylm.api import connect as connect
+    from raylm.batch import run_batch as run_batch
     from raylm.chatbot import AsyncChatbot as AsyncChatbot
     from raylm.chatbot import AsyncServedModel as AsyncServedModel
     from raylm.chatbot import Chatbot as Chatbot
@@ -82,6 +83,7 @@ _HOMES = {
     "TritonConfig": "raylm.config",
     "Usage": "raylm.messages",
     "connect": "raylm.api",
+    "run_batch": "raylm.batch",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
