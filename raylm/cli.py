@@ -70,6 +70,11 @@ _EXIT_CODES = (
     "3 could not start, or could not go on; 130 interrupted. RAYLM_DEBUG=1 shows tracebacks."
 )
 
+_VERIFY_CODES = (
+    "Exit codes: 0 the same texts; 1 some differ, or could not be asked; 2 wrong usage, or nothing to compare; "
+    "3 could not start; 130 interrupted. RAYLM_DEBUG=1 shows tracebacks."
+)
+
 _LINE_INTERVAL_S = 10.0
 """How often a batch tells its progress where there is no terminal."""
 
@@ -129,6 +134,8 @@ _Url = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object a prompt, with usage and receipt.")]
+_Job = Annotated[str, typer.Argument(metavar="OUT", help="The output of a batch.", show_default=False)]
+_JsonFigures = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 _System = Annotated[str | None, typer.Option(help="System message of the conversation.", show_default=False)]
 _Session = Annotated[str, typer.Option(metavar="ID", help="Name of the session.")]
 _Kill = Annotated[bool, typer.Option("--kill", help="Kill one actor's process in the middle; needs two replicas.")]
@@ -375,7 +382,69 @@ def batch(
     else:
         target = _target(pool, url, model, replicas, tp, backend, engine_config, address)
         tally = _run_batch(target, path, output, reading, config, part, total, sampling, overwrite=overwrite)
+    if part[1] == 1 and Path(output).is_file():  # neither a pipe nor a device
+        _report_batch(Path(output))
     if tally.num_failed:
+        raise typer.Exit(_FAILED)
+
+
+@app.command(epilog=_EXIT_CODES)
+def report(output: _Job, *, as_json: _JsonFigures = False) -> None:
+    """Tell how a batch went, or how it goes: rows, failures, rates, latencies, lengths, and who answered what.
+
+    The figures are those of OUT.ledger. They are written to OUT.report.json, and as a page to OUT.report.html.
+    """
+    import msgspec
+
+    from raylm.batch import ledger_path
+    from raylm.batch.report import read_report, to_table, write_report
+
+    ledger = ledger_path(Path(output))
+    found = read_report(ledger)
+    _, page = write_report(ledger, found)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    else:
+        Console(file=sys.stdout, highlight=False, markup=False).print(to_table(found))
+    _say(f"the page is {page}")
+
+
+@app.command(epilog=_VERIFY_CODES)
+def verify(
+    output: _Job,
+    *,
+    sample: Annotated[int, typer.Option(min=1, metavar="N", help="How many rows.")] = 20,
+    seed: Annotated[int | None, typer.Option(help="Of their choice.", show_default=False)] = None,
+    as_json: _JsonFigures = False,
+) -> None:
+    """Ask some of a batch's greedy rows again, chosen at random, and tell those that are answered otherwise now.
+
+    Their inputs are read from the file that the batch has read, and the same model is started, or the same endpoint is
+    asked, as the batch did last.
+    """
+    import msgspec
+
+    from raylm.batch import ledger_path
+    from raylm.batch.verify import Sample, Verification, to_lines
+
+    chosen = Sample(ledger_path(Path(output)), sample, seed)
+    target = chosen.run.job.get("target")
+    if target is None:
+        raise InvalidRequestError(f"{output}: a program has begun this batch, and did not note who answers it")
+    chatbot = _chatbot(target)
+    requests, changed = chosen.requests(chatbot)
+
+    async def ask() -> Verification:
+        async with _started(chatbot, target):
+            return await chosen.ask(chatbot, requests, changed)
+
+    found = _run(ask())
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    else:
+        for line in to_lines(found):
+            print(line)  # noqa: T201
+    if found.drifted or found.failed:
         raise typer.Exit(_FAILED)
 
 
@@ -745,6 +814,21 @@ def _run_batch(
         if output != "-" and tally.num_rows:
             _say(f"it ended early: {_counts(tally)}. The same command goes on from there")
         raise
+
+
+def _report_batch(output: Path) -> None:
+    """Write a batch's report, and say what there is to say beyond counts."""
+    from raylm.batch import ledger_path
+    from raylm.batch.report import percentiles, read_report, span, write_report
+
+    ledger = ledger_path(output)
+    found = read_report(ledger)
+    _, page = write_report(ledger, found)
+    if found.failures:
+        _say("failed: " + ", ".join(f"{failure.rows} {failure.type}" for failure in found.failures))
+    if found.latency_s.num:
+        _say(f"latency: {percentiles(found.latency_s, span)}")
+    _say(f"the report is {page}")
 
 
 class _BatchProgress:

@@ -6,7 +6,8 @@
     ledger.py   keeps what was answered, on disk
     job.py      asks, retries, gives up
     outputs.py  writes files
-    report.py   tells how it went, and asks a sample again
+    report.py   tells how it went; page.py as a page
+    verify.py   asks a sample again
 """
 
 from __future__ import annotations

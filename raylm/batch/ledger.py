@@ -94,7 +94,7 @@ _decode_run = msgspec.json.Decoder(Run).decode
 
 
 class Ledger:
-    """The ledger of one job, open for this process alone. Make it with `open`, and close it.
+    """The ledger of one job, open for this process alone. Make it with `open`, or `view` it, and close it.
 
     It belongs to one thread at a time.
 
@@ -108,6 +108,7 @@ class Ledger:
         self.path = path
         self.runs: list[Run] = []
         self.num_torn = 0
+        self._num_records = 0
         self._file = file
         self._end = 0  # of the file, with what is still to be written
         self._synced = 0
@@ -143,6 +144,22 @@ class Ledger:
             raise
         return ledger
 
+    @classmethod
+    def view(cls, path: Path) -> Self:
+        """Read a ledger as it is at this moment, without the lock: also while its job goes on. Nothing can be added.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        file = path.open("rb", buffering=0)
+        try:
+            ledger = cls(path, file)
+            ledger._load(viewing=True)
+        except BaseException:
+            file.close()
+            raise
+        return ledger
+
     def close(self) -> None:
         """Give it up. What was not synced is not in it."""
         self._index.close()
@@ -153,7 +170,7 @@ class Ledger:
         self._file.truncate(0)
         self._index.execute("DELETE FROM place")
         self._index.execute("DELETE FROM answer")
-        self._end = self._synced = self.num_torn = 0
+        self._end = self._synced = self.num_torn = self._num_records = 0
         self.runs = []
 
     def begin(self, job: Mapping[str, Any], engines: Iterable[EngineInfo]) -> None:
@@ -221,6 +238,11 @@ class Ledger:
         for offset, size in places:
             yield self._read(offset, size)
 
+    @property
+    def num_replaced(self) -> int:
+        """Records whose position has got a later one."""
+        return self._num_records - int(self._index.execute("SELECT COUNT(*) FROM place").fetchone()[0])
+
     # What is added
 
     def add(self, record: Record) -> None:
@@ -279,12 +301,14 @@ class Ledger:
         self._end += len(whole)
         return offset, len(whole)
 
-    def _load(self) -> None:
+    def _load(self, *, viewing: bool = False) -> None:
         self._file.seek(0)
         offset, last = 0, b"\n"
         with self.path.open("rb") as lines:
             for line in lines:
                 body = checked(line)
+                if body is None and viewing and not line.endswith(b"\n"):
+                    break  # somebody is writing it
                 if body is None:
                     self.num_torn += 1
                 elif body.startswith(b'{"run":'):
@@ -293,7 +317,7 @@ class Ledger:
                     self._index_record(_decode_record(body), offset, len(line))
                 offset += len(line)
                 last = line
-        if not last.endswith(b"\n"):  # so that the next line is one of its own
+        if not viewing and not last.endswith(b"\n"):  # so that the next line is one of its own
             self._file.write(b"\n")
             offset += 1
         self._end = self._synced = offset
@@ -301,6 +325,7 @@ class Ledger:
     def _index_record(self, record: Record, offset: int, size: int) -> None:
         engine = "" if record.completion is None else engine_key(record.completion.receipt)
         state = FAILED if record.completion is None else ANSWERED
+        self._num_records += 1
         self._index.execute(
             "INSERT OR REPLACE INTO place VALUES (?, ?, ?, ?, ?, ?, ?)",
             (record.position, record.key, state, engine, offset, size, self._run),
