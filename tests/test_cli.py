@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec import structs
 
 from raylm._version import __version__
+from raylm.batch import open_ledger
 from raylm.engines.simulated import greedy_text
 
 RAYLM = str(Path(sys.executable).with_name("raylm"))
@@ -116,7 +119,7 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"raylm {__version__}\n")
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["chat"], ["batch"], ["demo"]])
+@pytest.mark.parametrize("verb", [[], ["generate"], ["chat"], ["batch"], ["report"], ["verify"], ["demo"]])
 def test_help_tells_the_exit_codes(verb: list[str]) -> None:
     """The help of every verb lists what a script can rely on."""
     assert "130 interrupted" in run(None, *verb, "--help").stdout
@@ -131,6 +134,8 @@ def test_help_tells_the_exit_codes(verb: list[str]) -> None:
         (["generate", "-", "-"], "give - once"),
         (["chat", '--engine-config={"kind": "simulated", "speed": 1}'], "simulated.speed: Extra inputs"),
         (["batch", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
+        (["report", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
+        (["verify", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
         (["demo", "--kill"], "needs --replicas 2 or more"),
     ],
 )
@@ -328,9 +333,80 @@ def test_batch_sums_up(mixed: Mixed) -> None:
 
 
 def test_batch_leaves_no_partial_file(mixed: Mixed) -> None:
-    """A batch that has ended leaves the output, and the ledger that it can go on from."""
+    """A batch that has ended leaves the output, the ledger that it can go on from, and its report."""
     _, folder = mixed
-    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.ledger"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "in.jsonl",
+        "out.jsonl",
+        "out.jsonl.ledger",
+        "out.jsonl.report.html",
+        "out.jsonl.report.json",
+    ]
+
+
+def test_batch_tells_what_failed_and_how_long_it_took(mixed: Mixed) -> None:
+    """After the counts come the types of failures, the percentiles of latency, and where the report is."""
+    result, folder = mixed
+    assert "failed: 4 InvalidRequestError, 1 ContextLengthError\n" in result.stderr
+    assert re.search(r"latency: p50 [\d.]+ m?s, p90 [\d.]+ m?s, p99 [\d.]+ m?s, max [\d.]+ m?s\n", result.stderr)
+    assert f"the report is {folder / 'out.jsonl.report.html'}\n" in result.stderr
+
+
+def test_report_tells_how_it_went(mixed: Mixed) -> None:
+    """The figures are a table on stdout or one JSON object, which is in the file too; no cluster is needed."""
+    _, folder = mixed
+    told = run(None, "report", str(folder / "out.jsonl"))
+    assert told.returncode == 0
+    assert re.search(r"rows +8, 3 answered, 5 failed *\n", told.stdout)
+    assert re.search(r"ContextLengthError +1, as 'long': ", told.stdout)
+    assert "the simulated engine is a clock" in told.stdout
+    figures = json.loads(run(None, "report", str(folder / "out.jsonl"), "--json").stdout)
+    assert (figures["rows"], figures["total"], figures["failed"], figures["completion_tokens"]) == (8, 8, 5, 17)
+    assert figures == json.loads((folder / "out.jsonl.report.json").read_text())
+
+
+def test_verify_finds_no_drift(mixed: Mixed, cluster: str) -> None:
+    """The same model answers the same, and the exit code says so."""
+    _, folder = mixed
+    told = run(cluster, "verify", str(folder / "out.jsonl"), "--seed=1")
+    assert (told.returncode, told.stdout) == (0, "3 of 3 rows have the same text again, 0 drifted\n")
+
+
+def test_verify_finds_drift(mixed: Mixed, cluster: str, tmp_path: Path) -> None:
+    """A text that is another one now is told with the place where the two part, and makes the exit code 1."""
+    _, folder = mixed
+    shutil.copy(folder / "out.jsonl.ledger", tmp_path / "out.jsonl.ledger")
+    with open_ledger(tmp_path / "out.jsonl") as ledger:
+        before = ledger.read(1)
+        assert before.completion is not None
+        text = before.completion.text
+        ledger.add(
+            structs.replace(before, completion=structs.replace(before.completion, text=f"{text[:6]}other words"))
+        )
+        ledger.sync()
+    told = run(cluster, "verify", str(tmp_path / "out.jsonl"))
+    assert told.returncode == 1
+    assert told.stdout.splitlines() == [
+        "2 of 3 rows have the same text again, 1 drifted",
+        f"row 2, 'chat': the texts part after 6 characters, {text[:6]!r}",
+        "  then: 'other words'",
+        f"  now:  {text[6:]!r}",
+    ]
+    told = run(cluster, "verify", str(tmp_path / "out.jsonl"), "--json", "--sample=3")
+    assert told.returncode == 1
+    assert json.loads(told.stdout)["drifted"] == [
+        {"id": "chat", "position": 1, "at": 6, "before": text[:6], "then": "other words", "now": text[6:]}
+    ]
+
+
+def test_verify_needs_rows_that_can_be_read_again(cluster: str, tmp_path: Path) -> None:
+    """Rows of stdin are gone, which is told before anything is started."""
+    row = '{"prompt": "a", "temperature": 0, "max_new_tokens": 4}\n'
+    result = run(cluster, "batch", "-", f"--output={tmp_path / 'out'}", engine(), stdin=row)
+    assert result.returncode == 0
+    told = run(None, "verify", str(tmp_path / "out"))
+    assert (told.returncode, told.stdout) == (2, "")
+    assert "only rows of a file can be read and asked again" in told.stderr
 
 
 def test_batch_of_nothing(cluster: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from raylm.batch.report import (
 )
 
 _MOST_SLOTS = 64
+_MOST_LETTERS = 32
 _MOST_MARKS = 8
 _HEIGHT = 200
 _TOP, _BASE = 34, _HEIGHT - 26
@@ -164,8 +165,9 @@ def _tiles(report: Report) -> str:
 def _throughput(report: Report) -> str:
     found = report.throughput
     rates = found.tokens_per_s
+    what = "Tokens generated a second, while a run was at work. The dashed line is the mean."
     if not report.completion_tokens or not report.seconds:
-        return _figure("throughput", "Throughput", "", _nothing("No token was generated yet."), "")
+        return _figure("throughput", "Throughput", what, _nothing("No token was generated yet."), "")
     most, mean = max(rates), report.tokens_per_s
     caption = (
         f"{mean:,.0f} tokens/s over {duration(report.seconds)}, {most:,.0f} at most"
@@ -200,10 +202,7 @@ def _throughput(report: Report) -> str:
         ("Time of work", "Tokens/s"),
         ((_clock(index * found.step_s), f"{rate:,.1f}") for index, rate in enumerate(rates)),
     )
-    key = '<p class="key"><i class="dash"></i>mean</p>'
-    return _figure(
-        "throughput", "Throughput", "Tokens generated a second, while a run was at work.", key + plot, caption, table
-    )
+    return _figure("throughput", "Throughput", what, plot, caption, table)
 
 
 def _fading(found: Throughput, num_runs: int) -> str:
@@ -254,7 +253,7 @@ def _distribution(name: str, title: str, what: str, found: Distribution, said: S
 
 def _slots(report: Report) -> str:
     slots = report.slots
-    what = "Share of the generated tokens. The dashed line is an even share."
+    what = "Share of the generated tokens. The dashed lines are an even share."
     if not slots:
         return _figure("slots", "Actors", what, _nothing("No row was answered yet."), "")
     least, most = min(slots, key=lambda slot: slot.share), max(slots, key=lambda slot: slot.share)
@@ -266,23 +265,23 @@ def _slots(report: Report) -> str:
     )
     shown = slots[:_MOST_SLOTS]
     full = max(most.share, 1 / len(slots), 1e-9)
+    even = 100 / len(slots) / full
     bars = []
     for index, slot in enumerate(shown):
         y = index * 36
         node = f"slot {slot.slot} on {_text(slot.node)}"
+        short = slot.node if len(slot.node) <= _MOST_LETTERS else f"{slot.node[: _MOST_LETTERS - 3]}..."
         actors = f", {slot.actors} actors" if slot.actors > 1 else ""
         told = f"{slot.rows:,} rows, {slot.tokens:,} tokens, {slot.share:.1%}{actors}"
         bars.append(
-            f'<text x="0" y="{y + 12}">{node}</text>'
+            f'<text x="0" y="{y + 12}">slot {slot.slot} on {_text(short)}</text>'
             f'<text class="muted" x="100%" y="{y + 12}" text-anchor="end">{slot.share:.1%}</text>'
             f'<rect class="track" x="0" y="{y + 18}" width="100%" height="10"/>'
             f'<rect class="bar" x="0" y="{y + 18}" width="{100 * slot.share / full:.3f}%" height="10">'
             f"<title>{node}: {told}</title></rect>"
+            f'<line class="mean" x1="{even:.3f}%" x2="{even:.3f}%" y1="{y + 15}" y2="{y + 31}"/>'
         )
     height = len(shown) * 36
-    if len(slots) > 1:
-        even = 100 / len(slots) / full
-        bars.append(f'<line class="mean" x1="{even:.3f}%" x2="{even:.3f}%" y1="15" y2="{height - 5}"/>')
     plot = f'<svg class="shares" height="{height}" role="img" aria-label="{_text(caption)}">{"".join(bars)}</svg>'
     if len(slots) > len(shown):
         plot += f'<p class="muted">and {plural(len(slots) - len(shown), "more slot")}</p>'
@@ -299,18 +298,18 @@ def _slots(report: Report) -> str:
 def _failures(report: Report) -> str:
     if not report.failures:
         return ""
-    rows = "".join(
-        f"<tr><td><code>{_text(failure.type)}</code></td><td class='num'>{failure.rows:,}</td><td>"
+    kinds = "".join(
+        f"<dt><code>{_text(failure.type)}</code><span>{plural(failure.rows, 'row')}</span></dt><dd>"
         + "".join(
             f"<p><strong>{_text(example.id)}</strong> {_text(example.message)}</p>" for example in failure.examples
         )
-        + "</td></tr>"
+        + "</dd>"
         for failure in report.failures
     )
     return f"""<section aria-labelledby="failures">
 <h2 id="failures">Failures</h2>
-<table class="failures"><thead><tr><th scope="col">Error</th><th scope="col" class="num">Rows</th>
-<th scope="col">The first of them</th></tr></thead><tbody>{rows}</tbody></table>
+<p class="muted">The first rows of each type of error, by their ids.</p>
+<dl class="failures">{kinds}</dl>
 </section>"""
 
 
@@ -506,12 +505,9 @@ i.left { background: var(--sunken); } rect.left { fill: var(--sunken); }
 .tiles dd.muted { font-size: 12px; font-weight: 400; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); column-gap: 16px; }
 .pair figure { min-width: 0; }
-.key { float: right; color: var(--muted); font-size: 12px; }
-.key .dash { display: inline-block; width: 20px; margin-right: 6px; border-top: 1.5px dashed var(--text);
-  vertical-align: middle; }
 svg { display: block; overflow: visible; }
 svg.strip { width: 100%; border-radius: 4px; overflow: hidden; }
-svg.shares { width: 100%; margin-top: 12px; }
+svg.shares { width: 100%; margin-top: 12px; overflow: hidden; }
 svg.plot { width: calc(100% - 52px); margin: 10px 0 2px 52px; }
 svg.inner { overflow: hidden; }
 svg text { fill: var(--muted); font-size: 11.5px; }
@@ -541,16 +537,24 @@ th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical
 tr:last-child td { border-bottom: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 .num { text-align: right; white-space: nowrap; }
-td:not(.num) { min-width: 60px; }
+.wide td { white-space: nowrap; }
 code { font: 12px/1.5 ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.failures td { overflow-wrap: anywhere; }
+.failures {
+  display: grid; grid-template-columns: minmax(180px, auto) minmax(0, 1fr); margin-top: 10px; font-size: 13px;
+}
+.failures > * { padding: 8px 24px 8px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.failures > dd { padding-right: 0; }
+.failures code, .failures span { display: block; }
+.failures span { color: var(--muted); }
 .failures p + p { margin-top: 4px; }
-.failures td:first-child { overflow-wrap: normal; }
 footer { margin-top: 20px; font-size: 12px; }
 @media (max-width: 560px) {
   main { padding: 20px 12px 32px; }
   .tiles { grid-template-columns: 1fr 1fr; gap: 10px; }
   section, figure { padding: 14px 12px; }
+  .failures { grid-template-columns: minmax(0, 1fr); }
+  .failures > dt { padding: 8px 0 0; }
+  .failures > dd { padding-top: 4px; border-top: 0; }
 }
 @media print {
   section, figure, .tiles div { break-inside: avoid; }

@@ -32,7 +32,7 @@ from raylm.errors import InvalidRequestError
 _MOST_RUNS = 100
 _MOST_EXAMPLES = 3
 _MOST_CHARACTERS = 400
-_MOST_BARS = 40
+_MOST_BARS, _FEWEST_BARS = 40, 7
 _MOST_STEPS = 120
 _MIN_STEP_S = 0.1
 
@@ -468,15 +468,14 @@ class Histogram:
 
     def __init__(self, *, whole: bool = False) -> None:
         self._whole = whole
-        self._counts: Counter[int | None] = (
-            Counter()
-        )  # by thousandths of the decimal logarithm; None is next to nothing
+        self._counts: Counter[int | None] = Counter()  # by log10 in thousandths; None is 0
         self._sum = 0.0
         self._min, self._max = math.inf, 0.0
 
     def add(self, value: float) -> None:
-        """Add a value, not below 0."""
-        key = None if value < _MIN_VALUE else math.floor(math.log10(min(value, _MAX_VALUE)) * _KEYS_A_DECADE)
+        """Add a value, not below 0. One below a ten-thousandth counts as 0."""
+        value = value if value >= _MIN_VALUE else 0.0
+        key = None if not value else math.floor(math.log10(min(value, _MAX_VALUE)) * _KEYS_A_DECADE)
         self._counts[key] += 1
         self._sum += value
         self._min = min(self._min, value)
@@ -531,6 +530,8 @@ def bar_edges(low: float, high: float, median: float, least: float, *, whole: bo
         step = _round_up((high - low) / (_MOST_BARS - 2) or (1.0 if whole else high / 10 or _MIN_VALUE))
         step = max(step, 1.0) if whole else step
         first, last = math.floor(low / step), math.floor(high / step) + 1
+        while last - first < _FEWEST_BARS:  # so that one value is no wall
+            first, last = max(0, first - 1), last + 1
         return [float(f"{place * step:.12g}") for place in range(first, last + 1)]
     first = math.floor(math.log10(least) * 10) - 1
     last = math.floor(math.log10(high) * 10) + 2
@@ -730,12 +731,12 @@ def span(seconds: float) -> str:
         return duration(seconds)
     if seconds >= 1 or not seconds:
         return f"{seconds:.3g} s"
-    return f"{seconds * 1000:.3g} ms" if seconds >= 0.001 else f"{seconds * 1e6:.3g} \N{MICRO SIGN}s"
+    return f"{seconds * 1000:.3g} ms"
 
 
 def duration(seconds: float) -> str:
     """Return a time in hours, minutes and seconds, or in seconds where it is short."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
