@@ -13,7 +13,7 @@ With the PyTorch backend and `tp` > 1 lmdeploy runs its ranks as Ray actors. For
 cluster, as a driver whose actors end with it, and gives lmdeploy the placement group of the actor that started it.
 
 The only importer of lmdeploy, with `lmdeploy_cpu`. It is imported late, so that the parent can import `Load`. What is
-wrong with lmdeploy's text is put right here, for an api_server too (`mend_server`).
+wrong with lmdeploy's answers is put right here, for an api_server too (`mend_server`).
 """
 
 from __future__ import annotations
@@ -156,8 +156,10 @@ def build_engine(load: Load) -> Any:
         path = to_folder(path)
     kind = lmdeploy.TurbomindEngineConfig if load.backend == "turbomind" else lmdeploy.PytorchEngineConfig
     config = _engine_config(kind, load)
-    if load.backend == "pytorch" and config.tp > 1:
-        _join_cluster()
+    if load.backend == "pytorch":
+        _score_apart()
+        if config.tp > 1:
+            _join_cluster()
     try:
         return AsyncEngine(str(path), backend=load.backend, backend_config=config)
     # lmdeploy raises whatever its libraries do, and where a check of its own fails it logs the reason and exits.
@@ -678,9 +680,10 @@ class _Penalty:
 
 
 def mend_server() -> None:
-    """Have lmdeploy's api_server, which is about to run in this process, give the text that the engine here gives."""
+    """Have lmdeploy's api_server, which is about to run in this process, answer as the engine here does."""
     _keep_whole_characters()
     _penalise_exactly()
+    _score_apart()
 
 
 def _keep_whole_characters() -> None:
@@ -731,6 +734,32 @@ def _penalise_exactly() -> None:
         return config
 
     AsyncEngine._determine_gen_config = determine_gen_config
+
+
+def _score_apart() -> None:
+    """Have the PyTorch engine read prompts that it scores in other steps than prompts that it continues.
+
+    It takes a step with both for one of scores alone: the answers of the others end with token 0, and it dies of what it
+    remembers of them.
+
+    Source: lmdeploy 0.18.0, `pytorch.engine.inputs_maker.fill_logits_indices` and
+    `pytorch.paging.prefill_scheduler._PrefillScheduler.schedule`.
+    """
+    from lmdeploy.pytorch.paging.prefill_scheduler import _PrefillScheduler
+
+    schedule = _PrefillScheduler.schedule
+
+    def schedule_apart(self: Any, *, waiting: Sequence[Any], **rest: Any) -> list[Any]:
+        scored = [sequence for sequence in waiting if sequence.logprob_start_pos >= 0]
+        others = [sequence for sequence in waiting if sequence.logprob_start_pos < 0]
+        # Who waits longest comes first, so that neither kind starves.
+        kinds = sorted(filter(None, (scored, others)), key=lambda kind: min(each.arrive_time for each in kind))
+        for kind in kinds:
+            if chosen := schedule(self, waiting=kind, **rest):
+                return list(chosen)
+        return []
+
+    _PrefillScheduler.schedule = schedule_apart
 
 
 def _no_text(token_ids: list[int], state: Any, **_: object) -> tuple[str, Any]:

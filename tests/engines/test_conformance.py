@@ -309,6 +309,23 @@ async def test_log_likelihood(engine: Engine) -> None:
         assert found == pytest.approx(known[: len(found)], abs=2e-3)
 
 
+async def test_scores_beside_answers(engine: Engine) -> None:
+    """Prompts that are scored and prompts that are continued, all at once, get what each of them gets alone."""
+    scored = [make_request(text, max_new_tokens=0, logprobs=True, echo=True) for text in TEXTS]
+    continued = [make_request(text, max_new_tokens=6, ignore_eos=True) for text in TEXTS]
+    both = [make_request(text, max_new_tokens=1, logprobs=True, echo=True) for text in TEXTS]
+    requests = [request for three in zip(scored, continued, both, strict=True) for request in three]
+    alone = [await run(engine, request) for request in requests]
+    for record, expected in zip(await run_all(engine, requests), alone, strict=True):
+        assert (record.text, record.finish_reason, record.usage) == (
+            expected.text,
+            expected.finish_reason,
+            expected.usage,
+        )
+        assert record.logprobs == pytest.approx(expected.logprobs, abs=2e-3)
+        assert record.details.prompt_logprobs == pytest.approx(expected.details.prompt_logprobs, abs=2e-3)
+
+
 async def test_top_logprobs(engine: Engine) -> None:
     """As many candidates as were asked for, the likeliest first; a greedy token is the first of them."""
     request = make_request(STORY, max_new_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=3)
