@@ -84,7 +84,7 @@ $(VENV)/.runs: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.runs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,data,redis,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,data,redis,eval,dev]'
 	@touch $@
 
 $(LMDEPLOY):
@@ -92,5 +92,5 @@ $(LMDEPLOY):
 
 $(LMDEPLOY_VENV)/.develops: $(LMDEPLOY) pyproject.toml constraints.txt constraints-lmdeploy.txt
 	$(LMDEPLOY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-lmdeploy.txt \
-		-e '.[lmdeploy,dev]'
+		-e '.[lmdeploy,eval,dev]'
 	@touch $@

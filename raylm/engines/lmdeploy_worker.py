@@ -739,8 +739,7 @@ def _penalise_exactly() -> None:
 def _score_apart() -> None:
     """Have the PyTorch engine read prompts that it scores in other steps than prompts that it continues.
 
-    It takes a step with both for one of scores alone: the answers of the others end with token 0, and it dies of what it
-    remembers of them.
+    It takes a step with both for one of scores alone: it answers the others with token 0, and later dies of them.
 
     Source: lmdeploy 0.18.0, `pytorch.engine.inputs_maker.fill_logits_indices` and
     `pytorch.paging.prefill_scheduler._PrefillScheduler.schedule`.

@@ -573,12 +573,13 @@ def _shown(completion: Completion) -> Generated:
 # What is raised, as an answer
 
 
-async def _on_error(_: HTTPRequest, error: RaylmError) -> Response:
+async def _on_error(http: HTTPRequest, error: RaylmError) -> Response:
     headers = {}
     if error.status_code in (429, 503):
         headers["retry-after"] = f"{max(1, round(error.retry_after_s or _RETRY_AFTER_S))}"
     facts.get({}).update(error=type(error).__name__)
-    return JSON(error_body(error), status_code=error.status_code, headers=headers)
+    body = error_body(error, path=http.url.path)
+    return JSON(body, status_code=error.status_code, headers=headers)
 
 
 async def _on_invalid(_: HTTPRequest, invalid: RequestValidationError) -> Response:

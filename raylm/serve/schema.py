@@ -513,12 +513,22 @@ class State(msgspec.Struct):
 _FIELDS = {"prompt_token_ids": "prompt", "json_schema": "response_format"}
 """What is called otherwise on the wire, wherever it is there."""
 
+_COMPLETION_FIELDS = _FIELDS | {"top_logprobs": "logprobs"}
+"""The same of a text completion, where one field asks for log-probabilities and says how many."""
 
-def error_body(error: RaylmError, param: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error. The field it names, where it names one, is what its text begins with."""
+
+def error_body(error: RaylmError, param: str | None = None, *, path: str = "") -> dict[str, Any]:
+    """Return the JSON of an error.
+
+    Args:
+        error: What went wrong. The field it names, where it names one, is what its text begins with.
+        param: The field, where it is known already.
+        path: Where the request went, whose body may have a name of its own for a field.
+    """
     message = error.message
     if param is None and (found := re.match(r"([a-z_]+)(\[\d+\])?: ", message)):
-        param = _FIELDS.get(found[1], found[1])
+        fields = _COMPLETION_FIELDS if path.endswith("/v1/completions") else _FIELDS
+        param = fields.get(found[1], found[1])
         message = param + message[found.end(1) :]
     kind = type(error)
     return {"error": {"message": message, "type": kind.__name__, "param": param, "code": kind.status_code}}

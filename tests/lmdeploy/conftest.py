@@ -52,6 +52,13 @@ def transformers_answers(folder: str, prompts: Sequence[str]) -> list[list[int]]
     return answers
 
 
+def transformers_scores(folder: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """Return the log-probability of each text after its context, and whether each of its tokens is the likeliest."""
+    command = [sys.executable, "-m", "tests.lmdeploy.reference", folder, "score"]
+    done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, check=True)
+    return [(logprob, greedy) for logprob, greedy in json.loads(done.stdout)]
+
+
 @pytest.fixture(scope="session")
 def model_folder() -> str:
     """The built-in model as a folder."""
