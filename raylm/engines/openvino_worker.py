@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import select
+from collections import deque
 from importlib.metadata import version
 from typing import Any, BinaryIO
 
@@ -85,22 +86,33 @@ _decode_command: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Comm
 
 
 class _Running:
-    """One request inside the pipeline.
+    """One request in the pipeline, or on its way there.
 
     Attributes:
+        input_ids: What the pipeline is to read.
+        prompt_tokens: How many of them are the prompt's.
+        sampling: OpenVINO's form of how to generate.
+        logprobs: Whether log-probabilities are asked for.
+        scoring: Whether it is there for the log-probabilities of its prompt. It is handed in again for its answer.
         echo: The prompt's tokens, as long as they are still to be told.
         echoed: Log-probabilities of the first of them, if asked for. They come piece by piece where the prompt is read
             so.
+        handle: The pipeline's word for it, while it is there.
     """
 
-    __slots__ = ("echo", "echoed", "handle", "logprobs", "prompt_tokens")
+    __slots__ = ("echo", "echoed", "handle", "input_ids", "logprobs", "prompt_tokens", "sampling", "scoring")
 
-    def __init__(self, handle: Any, prompt_tokens: int, *, logprobs: bool, echo: tuple[int, ...]) -> None:
-        self.handle = handle
+    def __init__(
+        self, input_ids: list[int], prompt_tokens: int, sampling: Any, *, logprobs: bool, echo: tuple[int, ...]
+    ) -> None:
+        self.input_ids = input_ids
         self.prompt_tokens = prompt_tokens
+        self.sampling = sampling
         self.logprobs = logprobs
+        self.scoring = bool(echo) and logprobs
         self.echo = echo
         self.echoed: list[float] = []
+        self.handle: Any = None
 
 
 class Worker:
@@ -120,6 +132,7 @@ class Worker:
         self._max_context = max_context
         self._prefix_caching = prefix_caching
         self._num_embeddings = max(self._tokenizer.get_vocab().values()) + 1
+        self._waiting: deque[tuple[int, _Running]] = deque()
         self._running: dict[int, _Running] = {}
         self._cancelled: list[tuple[int, _Running]] = []
         self._outputs: list[Output] = []
@@ -175,8 +188,8 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether the pipeline has nothing to do."""
-        return not self._pipeline.has_non_finished_requests()
+        """Whether there is nothing to do."""
+        return not (self._pipeline.has_non_finished_requests() or self._waiting or self._cancelled)
 
     @property
     def cache_usage(self) -> float:
@@ -192,9 +205,6 @@ class Worker:
             self._outputs.append(Output(key, 0, error=to_message(error)))
 
     def _add(self, key: int, request: Request) -> None:
-        import numpy as np
-        import openvino as ov
-
         prompt_ids = self._prompt_ids(request)
         if not prompt_ids:
             raise InvalidRequestError("the prompt is empty: it has no tokens; send some text")
@@ -214,15 +224,45 @@ class Worker:
             extra = Extra(prompt_token_ids=echo) if echo else None
             self._outputs.append(Output(key, len(prompt_ids), finish_reason="length", extra=extra))
             return
+        sampling = self._sampling(config, num_generated, room, echo=bool(echo))
+        running = _Running(input_ids, len(prompt_ids), sampling, logprobs=config.logprobs, echo=echo)
+        self._waiting.append((key, running))
+
+    def _hand_in(self) -> None:
+        """Hand requests to the pipeline, in their order, as long as they get along with those that are there.
+
+        Prompts that are scored get along with each other alone. In one step with anything else they are told wrong
+        log-probabilities, and the others' prompts wrong answers.
+        Source: openvino-genai 2026.4.1, as it behaves.
+        """
+        while self._waiting:
+            key, running = self._waiting[0]
+            there = next(iter([*self._running.values(), *(cancelled for _, cancelled in self._cancelled)]), running)
+            if there.scoring != running.scoring:
+                return
+            self._waiting.popleft()
+            try:
+                running.handle = self._add_request(key, running)
+            except InvalidRequestError as error:
+                self._outputs.append(Output(key, 0, error=to_message(error)))
+            else:
+                self._running[key] = running
+
+    def _add_request(self, key: int, running: _Running) -> Any:
+        import numpy as np
+        import openvino as ov
+
+        sampling = running.sampling
+        if running.scoring:
+            sampling = self._pipeline.get_config()
+            sampling.max_new_tokens = 0
+            sampling.logprobs = 1
+            sampling.echo = True
+            sampling.do_sample = False
         try:
-            handle = self._pipeline.add_request(
-                key,
-                ov.Tensor(np.array([input_ids], dtype=np.int64)),
-                self._sampling(config, num_generated, room, echo=bool(echo)),
-            )
+            return self._pipeline.add_request(key, ov.Tensor(np.array([running.input_ids], dtype=np.int64)), sampling)
         except RuntimeError as error:
             raise InvalidRequestError(f"OpenVINO refuses the request: {_reason(error)}; change it") from error
-        self._running[key] = _Running(handle, len(prompt_ids), logprobs=config.logprobs, echo=echo)
 
     def tokenize(self, key: int, request: Request) -> Tokens:
         """Return the prompt's tokens."""
@@ -279,7 +319,6 @@ class Worker:
         sampling.presence_penalty = config.presence_penalty
         sampling.frequency_penalty = config.frequency_penalty
         sampling.logprobs = int(config.logprobs)
-        sampling.echo = echo and config.logprobs
         sampling.do_sample = not config.greedy
         if config.ignore_eos:
             sampling.ignore_eos = True
@@ -300,14 +339,23 @@ class Worker:
         if (running := self._running.pop(key, None)) is not None:
             running.handle.cancel()
             self._cancelled.append((key, running))
+            return
+        for waiting in self._waiting:
+            if waiting[0] == key:
+                self._waiting.remove(waiting)
+                self._outputs.append(Output(key, waiting[1].prompt_tokens, finish_reason="cancelled"))
+                return
 
     def step(self) -> None:
         """Do one decode step."""
-        self._pipeline.step()
+        self._hand_in()
+        if self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
         for key, cancelled in self._cancelled:
             self._outputs.append(Output(key, cancelled.prompt_tokens, finish_reason="cancelled"))
         self._cancelled.clear()
-        finished = []
+        finished: list[int] = []
+        scored: list[int] = []
         for key, running in self._running.items():
             if running.handle.can_read():
                 output = self._read(key, running)
@@ -316,6 +364,13 @@ class Worker:
                 self._outputs.append(output)
                 if output.finish_reason is not None or output.error is not None:
                     finished.append(key)
+                    if running.scoring and output.error is None and running.sampling.max_new_tokens:
+                        output.finish_reason = None
+                        scored.append(key)
+        for key in reversed(scored):
+            running = self._running[key]
+            running.scoring = False
+            self._waiting.appendleft((key, running))
         for key in finished:
             del self._running[key]
 
