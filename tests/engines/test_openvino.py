@@ -380,6 +380,24 @@ async def test_requests_take_turns_in_a_full_kv_cache(worker: Worker) -> None:
     assert together == alone
 
 
+async def test_cancelling_one_that_waits(worker: Worker) -> None:
+    """A prompt to be scored that waits for an answer to end is cancelled at once, and what comes after it goes on."""
+    worker.add(30, make_request("Once upon a time", max_new_tokens=64, ignore_eos=True))
+    worker.step()
+    worker.add(31, make_request("The capital of France", max_new_tokens=0, logprobs=True, echo=True))
+    worker.add(32, make_request("In the beginning", max_new_tokens=1))
+    worker.step()
+    assert {output.key for output in worker.take_outputs()} == {30}
+    worker.cancel(31)
+    assert worker.take_outputs() == [Output(31, 4, finish_reason="cancelled")]
+    worker.step()
+    assert {output.key for output in worker.take_outputs()} == {30, 32}
+    worker.cancel(30)
+    worker.step()
+    worker.take_outputs()
+    assert worker.idle
+
+
 async def test_cancelling(worker: Worker) -> None:
     """A cancelled request says that it is gone after the next step; cancelling it again, or another, says nothing."""
     worker.add(20, make_request(STORY, max_new_tokens=90, ignore_eos=True))
