@@ -45,7 +45,7 @@ def evaluate(
     command += ["--tasks", *(str(_TASKS / f"{task}.yaml") for task in tasks)]
     command += ["--output_path", str(folder), "--log_samples", *options]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=_ROOT, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=_ROOT, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert "API request failed" not in done.stderr, done.stderr  # it asks three times before it gives up
     (results,) = folder.glob("*/results_*.json")
