@@ -442,12 +442,31 @@ class GatewayConfig(_Config):
     log_prompts: bool = False
 
 
+class BatchesConfig(_Config):
+    """Where the endpoint keeps files and batches (`/v1/files`, `/v1/batches`), and its limits.
+
+    Attributes:
+        folder: A folder on the Ray cluster's head node, and on a disk of that node, for SQLite locks files in it. It is
+            made where there is none. It begins with `/`, or with `~` for the home folder there.
+        max_file_bytes: A longer file is refused with status 413.
+        max_running: Batches that run at a time. Those that come later wait.
+        expires_after_s: Time that a batch has from its creation, up to the 24 h of OpenAI's `completion_window`. Rows
+            that are not answered by then fail.
+    """
+
+    folder: str = Field(pattern=r"^[~/]")
+    max_file_bytes: int = Field(default=200 * 2**20, ge=1)
+    max_running: int = Field(default=4, ge=1)
+    expires_after_s: PositiveFloat = Field(default=24 * 3600, le=24 * 3600)
+
+
 class ServeConfig(_Config):
     """What `raylm serve` serves: the one config of the endpoint.
 
     Attributes:
         models: The models, by the names that clients use.
         gateway: How the endpoint answers HTTP.
+        batches: Where files and batches are kept. None: the endpoint takes none, for what is uploaded stays on disk.
     """
 
     models: tuple[ModelConfig, ...] = Field(
@@ -460,6 +479,7 @@ class ServeConfig(_Config):
         min_length=1,
     )
     gateway: GatewayConfig = GatewayConfig()
+    batches: BatchesConfig | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -4,11 +4,14 @@
     |- InvalidRequestError 400      a bad argument, an unknown role, an empty prompt
     |  |- ContextLengthError 400    the prompt is longer than the model's context
     |  |- ModelNotFoundError 404    no model of that name is served
+    |  |- ObjectNotFoundError 404   there is no file, or no batch, of that id
     |  |- RequestTooLargeError 413  the HTTP body is longer than the endpoint takes
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
     |- OutputBusyError 409          another process writes that output of a batch job
     |- TooManyFailuresError 500     a batch job was stopped because so many rows failed
+    |- BatchStateError 409          the batch has ended already, or still needs that file
+    |- BatchStoreError 503          files and batches cannot be reached, or not be written
     |- SessionError
     |  |- SessionNotFoundError 404  never started, ended, or expired
     |  |- SessionBusyError 409      another turn of this session is running
@@ -23,6 +26,7 @@
     |- UpstreamError 502            the server behind a client actor failed
     |  `- ProtocolError 502         ... or answered with something that cannot be understood
     |- RequestTimeoutError 504      the request's deadline passed
+    |  `- BatchExpiredError 504     the batch expired before this row was answered
     |- RequestCancelledError 499    somebody asked for the request to be cancelled
     `- PartialFailureError          some rows of a list failed; `results` has every row
 
@@ -78,6 +82,12 @@ class ModelNotFoundError(InvalidRequestError):
     status_code = 404
 
 
+class ObjectNotFoundError(InvalidRequestError):
+    """There is no file, or no batch, of that id."""
+
+    status_code = 404
+
+
 class RequestTooLargeError(InvalidRequestError):
     """The body of an HTTP request is longer than the endpoint takes."""
 
@@ -104,6 +114,19 @@ class OutputBusyError(RaylmError):
 
 class TooManyFailuresError(RaylmError):
     """A batch job was stopped because more of its rows failed than it was told to bear."""
+
+
+class BatchStateError(RaylmError):
+    """What was asked for cannot be done to a batch, or to its file, in the state that it is in."""
+
+    status_code = 409
+
+
+class BatchStoreError(RaylmError):
+    """Files and batches cannot be reached, or not be written. Those that are there may well be whole."""
+
+    status_code = 503
+    retryable = True
 
 
 class SessionError(RaylmError):
@@ -185,6 +208,12 @@ class RequestTimeoutError(RaylmError):
 
     status_code = 504
     retryable = True
+
+
+class BatchExpiredError(RequestTimeoutError):
+    """The batch expired before this row of it was answered."""
+
+    retryable = False
 
 
 class RequestCancelledError(RaylmError):

@@ -23,7 +23,7 @@ import msgspec
 
 from raylm.batch.ledger import Record
 from raylm.batch.rows import Format, format_of
-from raylm.errors import InvalidRequestError, RaylmError, RequestCancelledError, from_message
+from raylm.errors import BatchExpiredError, InvalidRequestError, RaylmError, RequestCancelledError, from_message
 from raylm.messages import Completion, FinishReason, Receipt, Usage
 
 COLUMNS = (
@@ -126,8 +126,9 @@ def encode_openai(record: Record) -> bytes:
         line["response"] = {"status_code": 200, "request_id": completion.request_id, "body": body}
     elif record.error is not None:
         error = from_message(record.error)
-        if isinstance(error, RequestCancelledError):  # nothing has answered
-            line["error"] = {"code": "batch_cancelled", "message": error.message}
+        if isinstance(error, RequestCancelledError | BatchExpiredError):  # nothing has answered
+            code = "batch_cancelled" if isinstance(error, RequestCancelledError) else "batch_expired"
+            line["error"] = {"code": code, "message": error.message}
         else:
             body = error_body(error)
             line["response"] = {"status_code": error.status_code, "request_id": answer_id, "body": body}

@@ -14,9 +14,12 @@ from fastapi.openapi.utils import get_openapi
 
 from raylm.errors import (
     AuthenticationError,
+    BatchStateError,
+    BatchStoreError,
     EngineError,
     InvalidRequestError,
     NoActorError,
+    ObjectNotFoundError,
     PoisonRequestError,
     PoolSaturatedError,
     RaylmError,
@@ -39,11 +42,13 @@ class Event(msgspec.Struct):
 
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
+_BYTES = "application/octet-stream"
 _COMPONENT = "#/components/schemas/{name}"
 
 _ALWAYS: tuple[type[RaylmError], ...] = (AuthenticationError, EngineError)
 _READING = (*_ALWAYS, InvalidRequestError, RequestTooLargeError)
 _SESSIONS = (*_READING, SessionNotFoundError, SessionBusyError, NoActorError)
+_BATCHES = (*_READING, ObjectNotFoundError, BatchStateError, BatchStoreError)
 _GENERATING = (
     *_SESSIONS,
     PoisonRequestError,
@@ -56,8 +61,8 @@ _GENERATING = (
 _MEANINGS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
-    404: "No such model, session or address.",
-    409: "Another turn of the session is running.",
+    404: "No such model, session, file, batch or address.",
+    409: "Another turn of the session is running; or the batch has ended, or a batch needs the file.",
     413: "The body is too long.",
     422: "Two actors died of the request.",
     429: "The queue is full; Retry-After says when to come again.",
@@ -74,6 +79,15 @@ _ANSWERS: dict[str, tuple[dict[str, Any], tuple[type[RaylmError], ...]]] = {
     "chat_completions": ({_JSON: schema.ChatCompletion, _EVENTS: Event}, _GENERATING),
     "completions": ({_JSON: schema.TextCompletion, _EVENTS: Event}, _GENERATING),
     "models": ({_JSON: schema.ModelList}, _ALWAYS),
+    "create_file": ({_JSON: schema.FileObject}, (*_BATCHES, RequestCancelledError)),
+    "list_files": ({_JSON: schema.FileList}, _BATCHES),
+    "show_file": ({_JSON: schema.FileObject}, _BATCHES),
+    "file_content": ({_BYTES: bytes}, _BATCHES),
+    "delete_file": ({_JSON: schema.FileDeleted}, _BATCHES),
+    "create_batch": ({_JSON: schema.Batch}, _BATCHES),
+    "list_batches": ({_JSON: schema.BatchList}, _BATCHES),
+    "show_batch": ({_JSON: schema.Batch}, _BATCHES),
+    "cancel_batch": ({_JSON: schema.Batch}, _BATCHES),
     "generate": ({_JSON: (schema.Generated, schema.GeneratedList)}, _GENERATING),
     "stream_chat": ({_EVENTS: Event}, _GENERATING),
     "tokenize": ({_JSON: schema.Tokens}, (*_SESSIONS, UpstreamError)),
@@ -131,6 +145,8 @@ def _shown(kind: Any) -> dict[str, Any]:
     """Return the schema of an answer; that of a stream is the schema of each of its events."""
     if isinstance(kind, tuple):
         return _either(kind)
+    if kind is bytes:
+        return {"type": "string", "format": "binary"}
     return {"type": "string"} if kind is str else {"$ref": _COMPONENT.format(name=kind.__name__)}
 
 

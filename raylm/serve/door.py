@@ -22,13 +22,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raylm.config import GatewayConfig
+from raylm.config import BatchesConfig, GatewayConfig
 from raylm.errors import AuthenticationError, InvalidRequestError, RaylmError, RequestTooLargeError
 from raylm.messages import FinishReason, Receipt
 from raylm.serve.schema import BUG, error_body
 
 _OPEN_PATHS = ("/", "/docs", "/health")
 """Served without a key, and so is what the pages need."""
+
+_FILES_PATH = "/v1/files"
+
+_FORM_BYTES = 2**16
+"""What a form may have beside its file."""
 
 _SESSION_HEADER = b"x-session-id"
 
@@ -93,12 +98,14 @@ class Door:
     Args:
         app: What is behind it.
         config: Limits and keys.
+        batches: The limit of files that are uploaded.
     """
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+    def __init__(self, app: ASGIApp, config: GatewayConfig, batches: BatchesConfig | None = None) -> None:
         self._app = app
         self._keys = Keys(config)
         self._max_body_bytes = config.max_body_bytes
+        self._max_form_bytes = config.max_body_bytes if batches is None else batches.max_file_bytes + _FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -106,11 +113,12 @@ class Door:
             await self._app(scope, receive, send)
             return
         about: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "http_request_id": uuid.uuid4().hex}
-        visit = _Visit(send, self._max_body_bytes, receive, about)
+        limit = self._limit(scope)
+        visit = _Visit(send, limit, receive, about)
         token = facts.set(about)
         try:
             try:
-                session_id = self._check(scope, scope["headers"])
+                session_id = self._check(scope, scope["headers"], limit)
             except RaylmError as error:
                 response = JSONResponse(error_body(error), error.status_code, _refusal_headers(error))
                 await response(scope, receive, visit.send)
@@ -130,7 +138,11 @@ class Door:
             _log.info("request")
             facts.reset(token)
 
-    def _check(self, scope: Scope, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    def _limit(self, scope: Scope) -> int:
+        """Return how many bytes the body may have."""
+        return self._max_form_bytes if scope["path"] == _FILES_PATH else self._max_body_bytes
+
+    def _check(self, scope: Scope, headers: Sequence[tuple[bytes, bytes]], max_body_bytes: int) -> str | None:
         """Return the session that the header names."""
         found: dict[bytes, list[bytes]] = {}
         for name, value in headers:
@@ -144,8 +156,8 @@ class Door:
         length = found.get(b"content-length", [b"0"])[0]
         if not length.isdigit():
             raise InvalidRequestError("content-length: not a number")
-        if int(length) > self._max_body_bytes:
-            raise RequestTooLargeError(f"the body has {int(length)} bytes; at most {self._max_body_bytes} are taken")
+        if int(length) > max_body_bytes:
+            raise RequestTooLargeError(f"the body has {int(length)} bytes; at most {max_body_bytes} are taken")
         variants = [name for name in found if name != _SESSION_HEADER and name.replace(b"_", b"-") == _SESSION_HEADER]
         if variants:
             # Whatever is in front may take the two for one; which of them counts must not be luck.

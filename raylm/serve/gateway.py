@@ -39,6 +39,7 @@ from raylm.errors import (
     SessionNotFoundError,
 )
 from raylm.messages import RAW_ROLE, Completion, GenerationConfig, Lane, Message, Request, Status
+from raylm.serve.batches.routes import FORM, Batches
 from raylm.serve.document import describe
 from raylm.serve.door import Door, facts, note
 from raylm.serve.metrics import CONTENT_TYPE, render
@@ -126,11 +127,15 @@ class Gateway:
 
     Args:
         config: What is served.
+
+    Attributes:
+        batches: Answers those of files and batches.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._served: dict[str, ServedPool] = {}
+        self.batches = Batches(config)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
@@ -138,6 +143,8 @@ class Gateway:
         for model in self._config.models:
             await serve(model)
             self._served[model.name] = await self._stack.enter_async_context(await ServedPool.open(model.name))
+        await self.batches.start()
+        self._stack.push_async_callback(self.batches.aclose)
 
     async def aclose(self) -> None:
         """Leave all pools."""
@@ -327,7 +334,7 @@ class Gateway:
 
     async def metrics(self) -> Response:
         """Return the same for Prometheus."""
-        return Response(render(await self._states()), media_type=CONTENT_TYPE)
+        return Response(render(await self._states(), self.batches.counts), media_type=CONTENT_TYPE)
 
     async def page(self) -> Response:
         """Return the page."""
@@ -444,6 +451,7 @@ class _StatusStream(EventStream):
 def build_gateway(config: ServeConfig) -> FastAPI:
     """Return the application, which joins the models' pools when it starts."""
     gateway = Gateway(config)
+    batches = gateway.batches
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -464,6 +472,14 @@ def build_gateway(config: ServeConfig) -> FastAPI:
         ("POST", "/v1/chat/completions", gateway.chat_completions, "OpenAI"),
         ("POST", "/v1/completions", gateway.completions, "OpenAI"),
         ("GET", "/v1/models", gateway.models, "OpenAI"),
+        ("GET", "/v1/files", batches.list_files, "files and batches"),
+        ("GET", "/v1/files/{file_id}", batches.show_file, "files and batches"),
+        ("DELETE", "/v1/files/{file_id}", batches.delete_file, "files and batches"),
+        ("GET", "/v1/files/{file_id}/content", batches.file_content, "files and batches"),
+        ("POST", "/v1/batches", batches.create_batch, "files and batches"),
+        ("GET", "/v1/batches", batches.list_batches, "files and batches"),
+        ("GET", "/v1/batches/{batch_id}", batches.show_batch, "files and batches"),
+        ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel_batch, "files and batches"),
         ("POST", "/generate", gateway.generate, "generation"),
         ("POST", "/stream_chat", gateway.stream_chat, "generation"),
         ("POST", "/tokenize", gateway.tokenize, "generation"),
@@ -479,6 +495,14 @@ def build_gateway(config: ServeConfig) -> FastAPI:
     app.router.route_class = _StrictRoute
     for method, path, route, tag in routes:
         app.add_api_route(path, route, methods=[method], tags=[tag], operation_id=route.__name__)
+    app.add_api_route(
+        "/v1/files",
+        batches.create_file,
+        methods=["POST"],
+        tags=["files and batches"],
+        operation_id="create_file",
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+    )
     app.add_api_route("/", gateway.page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", gateway.docs, methods=["GET"], include_in_schema=False)
     app.mount("/static", StaticFiles(packages=[("raylm.serve", "static")]))
@@ -490,7 +514,7 @@ def build_gateway(config: ServeConfig) -> FastAPI:
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign] # FastAPI's way of having one's own
-    app.add_middleware(Door, config=config.gateway)
+    app.add_middleware(Door, config=config.gateway, batches=config.batches)
     if config.gateway.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.gateway.cors_origins), allow_methods=["*"], allow_headers=["*"]

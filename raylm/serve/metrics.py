@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client import generate_latest
@@ -32,9 +32,14 @@ _HISTOGRAMS = {
 }
 
 
-def render(models: Sequence[ModelState]) -> bytes:
-    """Return the text for Prometheus."""
-    return generate_latest(_Collected(list(_families(models))))
+def render(models: Sequence[ModelState], batches: Mapping[str, int]) -> bytes:
+    """Return the text for Prometheus.
+
+    Args:
+        models: Of each model, what all pools do.
+        batches: How many batches there are of each status.
+    """
+    return generate_latest(_Collected([*_families(models), _batches(batches)]))
 
 
 class _Collected:
@@ -72,6 +77,13 @@ def _families(models: Sequence[ModelState]) -> Iterator[Metric]:
             histogram.add_metric([model.name], _buckets(times), times.total_s)
         yield histogram
     yield from _slot_families(models)
+
+
+def _batches(counts: Mapping[str, int]) -> Metric:
+    gauge = GaugeMetricFamily("raylm_batches", "Batches that there are.", labels=["status"])
+    for status, count in sorted(counts.items()):
+        gauge.add_metric([status], count)
+    return gauge
 
 
 def _slot_families(models: Sequence[ModelState]) -> Iterator[Metric]:

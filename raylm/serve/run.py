@@ -143,7 +143,7 @@ class Endpoint:
         self._owns_serve = not _serve_runs()
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
-        asyncio.run(_end_outdated(self._config.models))
+        asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
         if problem:  # said now, for the managers wait for nodes to join before they give up
             _log.warning("waiting for room in the cluster. %s", problem)
@@ -169,6 +169,7 @@ class Endpoint:
         from ray import serve
 
         from raylm.actors.manager_actor import end
+        from raylm.serve.batches.actor import end as end_batches
 
         if not ray.is_initialized():
             return
@@ -178,6 +179,8 @@ class Endpoint:
             serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
 
         async def end_all() -> None:
+            if self._config.batches is not None:
+                await end_batches(self._config.batches)  # first: its jobs use the models
             await asyncio.gather(*(end(model.name) for model in self._config.models))
 
         asyncio.run(end_all())
@@ -217,12 +220,15 @@ def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> 
             signal.signal(number, handler)
 
 
-async def _end_outdated(models: tuple[ModelConfig, ...]) -> None:
+async def _end_outdated(config: ServeConfig) -> None:
     """End what a command that was killed has left under these names, unless it is just what is wanted."""
     from raylm.actors.manager_actor import end, served_config, served_models
+    from raylm.serve.batches.actor import end as end_batches
 
+    if config.batches is not None:
+        await end_batches(config.batches)  # all of it is in its folder
     left = set(await asyncio.to_thread(served_models))
-    for model in models:
+    for model in config.models:
         if model.name in left and await served_config(model.name) != model:
             await end(model.name)
 

@@ -331,6 +331,42 @@ class ForkBody(_Body):
     model: Name | None = None
 
 
+class ExpiresAfter(_Body):
+    """When a file is deleted by itself."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=30 * 24 * 3600)]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+"""Where the rows of a batch would go if each were sent alone."""
+
+
+class BatchBody(_Body):
+    """Body of `POST /v1/batches`."""
+
+    model_config = _example(
+        {"input_file_id": "file-0123", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    )
+
+    input_file_id: Name
+    endpoint: Endpoint
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = Field(None, description="Of the output and of the error file.")
+
+
+class UploadForm(_Body):
+    """The fields of `POST /v1/files` but for the file."""
+
+    purpose: Literal["batch"]
+    expires_after: ExpiresAfter | None = None
+
+
 # Answers
 
 
@@ -496,6 +532,102 @@ class Cancelled(msgspec.Struct):
 
     request_id: str
     cancelled: Literal["asked"] | bool
+
+
+class FileObject(msgspec.Struct, kw_only=True):
+    """A file: one that was uploaded, or what a batch has made."""
+
+    id: str
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    object: Literal["file"] = "file"
+    status: Literal["processed"] = "processed"
+
+
+class FileList(msgspec.Struct):
+    """Some of the files."""
+
+    data: list[FileObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: Literal["list"] = "list"
+
+
+class FileDeleted(msgspec.Struct):
+    """A file that is gone."""
+
+    id: str
+    deleted: bool = True
+    object: Literal["file"] = "file"
+
+
+class BatchError(msgspec.Struct):
+    """Why a batch was not begun: what is wrong with its file, and in which line, counted from 1."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class BatchErrors(msgspec.Struct):
+    """The first of what is wrong with a file."""
+
+    data: list[BatchError]
+    object: Literal["list"] = "list"
+
+
+class RequestCounts(msgspec.Struct):
+    """How many rows of a batch were answered, and how many have failed."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+
+
+class Batch(msgspec.Struct, kw_only=True):
+    """A batch. Times are in seconds since 1970; those that have not come are null."""
+
+    id: str
+    endpoint: Endpoint
+    input_file_id: str
+    completion_window: Literal["24h"] = "24h"
+    status: BatchStatus = "validating"
+    model: str | None = None
+    errors: BatchErrors | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
+    metadata: dict[str, str] | None = None
+    object: Literal["batch"] = "batch"
+
+
+class BatchList(msgspec.Struct):
+    """Some of the batches, the latest first."""
+
+    data: list[Batch]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: Literal["list"] = "list"
 
 
 class Health(msgspec.Struct):

@@ -15,10 +15,14 @@ KEYS = ("key-of-the-environment", "another-key", "key-of-the-file")
 
 
 @pytest.fixture(scope="session")
-def simulated_endpoint() -> Iterator[ServeCommand]:
+def simulated_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with two actors of the simulated engine and two gateways behind HAProxy."""
     failing = SIMULATED | {"faults": [{"match": "FAIL", "at_token": 3, "action": "fail"}]}
-    config = {"models": [{"name": "sim", "engines": [failing]}], "gateway": {"replicas": 2}}
+    config = {
+        "models": [{"name": "sim", "engines": [failing]}],
+        "gateway": {"replicas": 2},
+        "batches": {"folder": str(tmp_path_factory.mktemp("batches"))},
+    }
     with serve_command(config) as command:
         yield command
 
@@ -34,7 +38,7 @@ def real_endpoint() -> Iterator[ServeCommand]:
 def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with keys and low limits: one gateway, and `slow`, which answers one request and queues one more.
 
-    `doomed` is there to be killed.
+    `doomed` is there to be killed. Batches expire after three seconds.
     """
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"\n{KEYS[2]}\n")
@@ -52,6 +56,12 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
             "max_prompts": 4,
             "request_timeout_s": 10,
             "heartbeat_s": 0.2,
+        },
+        "batches": {
+            "folder": str(tmp_path_factory.mktemp("batches")),
+            "max_file_bytes": 200_000,
+            "max_running": 1,
+            "expires_after_s": 3,
         },
     }
     with serve_command(config, env={"RAYLM_TEST_KEYS": f"{KEYS[0]}, {KEYS[1]}"}) as command:
