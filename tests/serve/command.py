@@ -71,7 +71,7 @@ class ServeCommand:
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the living processes of this endpoint's cluster whose title has `title` in it, the oldest first.
 
-        Ray's titles: `ray::EngineActor`, `ray::ManagerActor`, `ray::SessionActor`,
+        Ray's titles: `ray::EngineActor`, `ray::ManagerActor`, `ray::SessionActor`, `ray::BatchActor`,
         `ray::ServeReplica:raylm:gateway`, `ray::HAProxyManager`, `ray::ProxyActor`; a method that runs comes after the
         class.
         """
@@ -89,9 +89,13 @@ class ServeCommand:
         """Whether it is gone though nobody has stopped it."""
         return self.process.poll() is not None and not self._asked_to_end
 
+    def expect_end(self) -> None:
+        """Take note that its end, when it comes, is meant."""
+        self._asked_to_end = True
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """End it and return its exit code."""
-        self._asked_to_end = True
+        self.expect_end()
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(_STOP_TIMEOUT_S)

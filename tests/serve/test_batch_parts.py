@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ async def taken(body: bytes, *cuts: int) -> tuple[Upload, bytes]:
 
     async def pieces() -> AsyncIterator[bytes]:
         places = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
-        for start, end in zip(places, places[1:], strict=False):
+        for start, end in pairwise(places):
             yield body[start:end]
 
     upload = Upload("multipart/form-data; boundary=XX")
@@ -229,12 +230,9 @@ def test_collected_twice(store: Store) -> None:
     """An end that was begun before a crash, and is begun again after it, has the same files; none for what is empty."""
     add_file(store, "file-a")
     work = add_batch(store, "batch-a", "file-a")
-    store.job_folder("batch-a").mkdir()
-    once = ended_after_crash = None
-    (store.job_folder("batch-a")).rmdir()
     once = ended(store, work)
-    ended_after_crash = store.collect(once, {work.output_id: Path("/gone"), work.errors_id: Path("/gone")})
-    assert once.batch == ended_after_crash.batch == store.batch("batch-a")
+    again = store.collect(once, {work.output_id: Path("/gone"), work.errors_id: Path("/gone")})
+    assert once.batch == again.batch == store.batch("batch-a")
     assert (once.batch.output_file_id, once.batch.error_file_id) == ("batch-a-out", None)
     assert store.read("batch-a-out", 0, 100) == b"answers\n"
     assert store.file("batch-a-out").filename == "batch-a_output.jsonl"

@@ -248,7 +248,7 @@ def _form(fields: Mapping[str, str]) -> UploadForm:
         return UploadForm.model_validate(given)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise InvalidRequestError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise InvalidRequestError(": ".join([*map(str, problem["loc"]), problem["msg"]])) from None
 
 
 def _new(prefix: str) -> str:
