@@ -173,7 +173,6 @@ QUESTIONS = Path(__file__).parents[2] / "docs" / "guides" / "batch" / "questions
 
 def test_an_evaluation_on_the_real_model(cluster: str, tmp_path: Path) -> None:
     """Questions to a real model, from a driver that was killed, have the answers of an undisturbed run."""
-
     source = tmp_path / "questions.csv"
     source.write_text("".join(QUESTIONS.read_text().splitlines(keepends=True)[:41]))
 
