@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylm.batch.ledger import Ledger, checked
@@ -74,6 +74,7 @@ def test_a_later_record_counts(tmp_path: Path) -> None:
         assert [record.key for record in ledger.records()] == ["new"]
 
 
+@settings(deadline=None)  # files are written
 @given(data=st.data())
 def test_any_damage_costs_the_damaged_lines_alone(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
