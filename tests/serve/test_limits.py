@@ -62,6 +62,14 @@ def status_of(endpoint: ServeCommand, request: bytes) -> int:
     return int(answer.split()[1])
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/files/x/content"])
+def test_no_batches(python_endpoint: ServeCommand, path: str) -> None:
+    """An endpoint without a folder says that it takes no files and no batches, and what it lacks."""
+    response = python_endpoint.get(path)
+    assert response.status_code == 404
+    assert "batches.folder" in response.json()["error"]["message"]
+
+
 # Keys
 
 
