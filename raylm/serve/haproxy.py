@@ -1,8 +1,9 @@
-"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with three things mended.
+"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with four things mended.
 
 Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It looks for the
-gateways on the node's own address, where gateways that are for this machine alone do not listen. And it outlives a
-Serve that is killed, with its ports; here the kernel ends it with its parent.
+gateways on the node's own address, where gateways that are for this machine alone do not listen. It outlives a Serve
+that is killed, with its ports; here the kernel ends it with its parent. And Serve, to see when a client leaves, reads a
+body into memory as fast as it comes; a file that is uploaded is told apart by a header that has Serve leave it to us.
 
 Ray Serve finds it by `RAY_SERVE_HAPROXY_BINARY_PATH`. Source: ray 2.60, serve/_private/haproxy.py and
 haproxy_templates.py.
@@ -24,18 +25,23 @@ LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
 
 _OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*?:", re.MULTILINE)
 
-
 _SERVER = re.compile(r"^(\s*server \S+ )\S+(:\d+ )", re.MULTILINE)
 
+_FRONTEND = re.compile(r"^(frontend http_frontend\s*\n\s*bind .*\n)", re.MULTILINE)
 
-def closed(configuration: str, *, loopback: bool) -> str:
-    """Return a configuration in which metrics and statistics listen on the loopback interface.
+_UPLOADS = "    http-request set-header x-request-disconnect-disabled ?1 if METH_POST { path /v1/files }\n"
+"""Source: ray 2.60, SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER in serve/_private/constants.py."""
+
+
+def mended(configuration: str, *, loopback: bool) -> str:
+    """Return a configuration in which metrics and statistics listen on the loopback interface, and files are streamed.
 
     Args:
         configuration: Serve's.
         loopback: The gateways are there too.
     """
     configuration = _OPEN_BIND.sub(r"\g<1>127.0.0.1:", configuration)
+    configuration = _FRONTEND.sub(lambda found: found[1] + _UPLOADS, configuration)
     return _SERVER.sub(r"\g<1>127.0.0.1\g<2>", configuration) if loopback else configuration
 
 
@@ -45,7 +51,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
-        file.write_text(closed(file.read_text(), loopback=LOOPBACK in os.environ))
+        file.write_text(mended(file.read_text(), loopback=LOOPBACK in os.environ))
     if sys.platform == "linux":
         # SIGTERM would do while it serves; SIGKILL does always, and it keeps nothing.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import uuid
 from collections import Counter
@@ -322,6 +323,21 @@ def test_file_as_long_as_may_be(strict: openai.OpenAI) -> None:
     assert strict.files.create(file=("long", b"x" * 200_000), purpose="batch").bytes == 200_000
 
 
+def test_memory_is_flat(simulated_endpoint: ServeCommand, client: openai.OpenAI) -> None:
+    """No gateway holds a file, on its way in or out."""
+
+    def most() -> int:
+        gateways = simulated_endpoint.processes("ServeReplica:raylm:gateway")
+        return max(gateway.memory_full_info().uss for gateway in gateways)
+
+    before = most()
+    content = os.urandom(100_000_000)
+    file = client.files.create(file=("long", content), purpose="batch")
+    assert client.files.content(file.id).content == content
+    client.files.delete(file.id)
+    assert most() - before < 30_000_000
+
+
 # Its end before the end
 
 
@@ -497,6 +513,19 @@ def test_an_upload_survives_the_actor(jobs: ServeCommand, jobs_client: openai.Op
     response = jobs.post("/v1/files", data=pieces(), headers={"content-type": "multipart/form-data; boundary=XX"})
     assert response.status_code == 200, response.text
     assert jobs_client.files.content(response.json()["id"]).content == content
+
+
+def test_a_client_that_leaves(jobs: ServeCommand, folder: Path) -> None:
+    """Nothing is left of a file whose client has gone away in the middle of it."""
+    before = set((folder / "files").iterdir())
+    host, _, port = jobs.url.removeprefix("http://").partition(":")
+    head = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=XX\r\n"
+    head += "content-length: 9000000\r\n\r\n"
+    head += '--XX\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    with socket.create_connection((host, int(port)), timeout=60) as connected:
+        connected.sendall(head.encode() + b"x" * 3_000_000)
+        wait_for(lambda: set((folder / "files").iterdir()) != before)
+    wait_for(lambda: set((folder / "files").iterdir()) == before)
 
 
 @pytest.mark.parametrize("killed", [False, True])
