@@ -194,6 +194,7 @@ def test_wrong_lines_of_csv(tmp_path: Path) -> None:
         ("a.csv", b"prompt\n\xff\n"),
         ("b.csv", b"a,a\n1,2\n"),
     ],
+    ids=["gzip", "parquet", "encoding", "columns"],
 )
 def test_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
     """A file that cannot be read as what its name says is an error that names it."""
