@@ -468,7 +468,7 @@ def test_the_actor_is_killed(jobs: ServeCommand, jobs_client: openai.OpenAI, fol
     actor.kill()
     actor.wait()
     kept = in_ledger(folder, batch)
-    assert NUM_ROWS // 3 <= len(kept) < NUM_ROWS
+    assert NUM_ROWS // 4 <= len(kept) < NUM_ROWS  # the last of the counted ones were on their way to the disk
     shown = jobs_client.batches.retrieve(batch.id)  # asked while there is no actor, and answered by the next one
     assert shown.status == "in_progress"
     batch = until(jobs_client, batch)
