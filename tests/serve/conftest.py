@@ -1,4 +1,4 @@
-"""Endpoints for the tests: one with the simulated engine and one with the real small model, each started once."""
+"""Endpoints for the tests: with the simulated engine, and with the real small model. Each lasts as long as a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = ("key-of-the-environment", "another-key", "key-of-the-file")
 """What opens `strict_endpoint`."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def simulated_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with two actors of the simulated engine and two gateways behind HAProxy."""
     failing = SIMULATED | {"faults": [{"match": "FAIL", "at_token": 3, "action": "fail"}]}
@@ -27,14 +27,14 @@ def simulated_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield command
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_endpoint() -> Iterator[ServeCommand]:
     """`raylm serve` as the README starts it: the built-in model on CPU."""
     with serve_command({}) as command:
         yield command
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with keys and low limits: one gateway, and `slow`, which answers one request and queues one more.
 
