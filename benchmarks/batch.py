@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 import ray
 from harness import Figure, local_cluster, publish, quick_asked, say
-from pool_efficiency import CONFIG, MODEL, NUM_TOKENS, Side, direct_side, prompts
+from pool_efficiency import CONFIG, MODEL, NUM_TOKENS, Generate, Side, be_side, direct_side
 
 from raylm.actors.manager_actor import end, serve
 from raylm.api import LMDeployPipeline
@@ -50,8 +50,6 @@ from raylm.served import ServedPool
 
 RAYLM = str(Path(sys.executable).with_name("raylm"))
 SERVED = "batch-benchmark"
-
-Generate = Callable[[Sequence[str]], int]
 
 
 # batch_efficiency
@@ -84,22 +82,6 @@ def job_side() -> Iterator[Generate]:
 
 
 SIDES = {"direct": direct_side, "job": job_side}
-
-
-def be_side(name: str) -> None:
-    """Be one side: read `num_prompts seed` lines, answer each with the seconds that the work took."""
-    with SIDES[name]() as generate:
-        generate(prompts(8, seed=-1))
-        print("ready", flush=True)
-        for line in sys.stdin:
-            num_prompts, seed = map(int, line.split())
-            work = prompts(num_prompts, seed)
-            started_at = time.perf_counter()
-            num_tokens = generate(work)
-            took_s = time.perf_counter() - started_at
-            if num_tokens != num_prompts * NUM_TOKENS:
-                raise RuntimeError(f"{num_tokens} tokens came back for {num_prompts} prompts of {NUM_TOKENS} each")
-            print(took_s, flush=True)
 
 
 def measure_efficiency(num_prompts: int, num_rounds: int) -> list[Figure]:
@@ -343,7 +325,7 @@ def measure(quick: bool) -> list[Figure]:
 def main() -> None:
     """Run the benchmark, or one side of it."""
     if sys.argv[1:2] == ["--side"]:
-        be_side(sys.argv[2])
+        be_side(SIDES[sys.argv[2]]())
     else:
         publish("batch", measure(quick_asked(__doc__)))
 

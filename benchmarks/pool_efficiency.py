@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import psutil
 from harness import Figure, local_cluster, publish, quick_asked, say
@@ -101,9 +101,9 @@ def direct_side() -> Iterator[Generate]:
 SIDES = {"direct": direct_side, "pool": pool_side}
 
 
-def serve(name: str) -> None:
+def be_side(side: AbstractContextManager[Generate]) -> None:
     """Be one side: read `num_prompts seed` lines, answer each with the seconds that the work took."""
-    with SIDES[name]() as generate:
+    with side as generate:
         generate(prompts(8, seed=-1))
         print("ready", flush=True)
         for line in sys.stdin:
@@ -197,7 +197,7 @@ def measure(num_prompts: int, num_rounds: int) -> list[Figure]:
 def main() -> None:
     """Run the benchmark, or one side of it."""
     if sys.argv[1:2] == ["--side"]:
-        serve(sys.argv[2])
+        be_side(SIDES[sys.argv[2]]())
     else:
         publish("pool_efficiency", measure(64, 3) if quick_asked(__doc__) else measure(256, 5))
 

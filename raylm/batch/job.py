@@ -302,12 +302,12 @@ class Job:
     def _take(self, position: int, row: Row | BadRow) -> None:
         """Decide what becomes of a row: it is known, wrong, like another one, or to be asked."""
         if isinstance(row, BadRow):
-            self._fail_at_once(position, row, "", row.error)
+            self._fail_at_once(position, row, row.error)
             return
         try:
             request = self._chatbot.request(**{**self._defaults, **row.fields})
         except InvalidRequestError as error:
-            self._fail_at_once(position, row, "", located(row.place, error))
+            self._fail_at_once(position, row, located(row.place, error))
             return
         key = digest(request)
         if self._ledger.known(position, key, self._engines):
@@ -321,10 +321,7 @@ class Job:
                 self.tally.num_changed += 1
             elif before.key == key and before.error is not None and before.error.type == PoisonRequestError.__name__:
                 # It took two actors down. Begun again, the job leaves it where it is.
-                self._ledger.confirm(position)
-                self.tally.num_failed += 1
-                self._check_failures()
-                self._changed.set()
+                self._keep_failure(position)
                 return
         request.stream = False
         request.request_id = f"{self._name}-{position}"
@@ -341,19 +338,23 @@ class Job:
         self.tally.limit_left += request.config.max_new_tokens
         heapq.heappush(self._heap, item)
 
-    def _fail_at_once(self, position: int, row: Row | BadRow, key: str, error: RaylmError) -> None:
+    def _keep_failure(self, position: int) -> None:
+        """Leave a row as an earlier run has left it, failed."""
+        self._ledger.confirm(position)
+        self.tally.num_failed += 1
+        self._check_failures()
+        self._changed.set()
+
+    def _fail_at_once(self, position: int, row: Row | BadRow, error: RaylmError) -> None:
         if self._ledger.has(position):
             before = self._ledger.read(position)
             if before.error is not None and before.error.message == error.message:
-                self._ledger.confirm(position)
-                self.tally.num_failed += 1
-                self._check_failures()
-                self._changed.set()
+                self._keep_failure(position)
                 return
         self._add(
             Record(
                 position=position,
-                key=key,
+                key="",
                 id=row.id,
                 at=time.time(),
                 tries=0,

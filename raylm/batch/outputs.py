@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import msgspec
 
 from raylm.batch.ledger import Record
-from raylm.batch.rows import Format, format_of
+from raylm.batch.rows import Format, format_of, import_parquet
 from raylm.errors import BatchExpiredError, InvalidRequestError, RaylmError, RequestCancelledError, from_message
 from raylm.messages import Completion, FinishReason, Receipt, Usage
 
@@ -173,11 +173,7 @@ class _CSV:
 
 class _Parquet:
     def __init__(self, file: BinaryIO) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise InvalidRequestError("Parquet needs pyarrow; pip install 'raylm[data]' brings it") from None
+        pa, pq = import_parquet()
         numbers = {"prompt_tokens", "completion_tokens", "slot"}
         schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in COLUMNS])
         self._make = partial(pa.Table.from_pylist, schema=schema)
@@ -223,14 +219,14 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         if not partial.stat().st_size:
             partial.unlink()
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have a new name in a folder outlast a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

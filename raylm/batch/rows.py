@@ -35,7 +35,6 @@ from raylm.errors import InvalidRequestError
 from raylm.messages import GenerationConfig
 
 Format = Literal["jsonl", "csv", "parquet"]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
 
 _BLOCK_BYTES = 1 << 20
 _ROWS_A_STEP = 64
@@ -386,12 +385,22 @@ def _cell(name: str, text: str) -> Any:
         raise InvalidRequestError(f"{name}: expected JSON, got {text!r}") from None
 
 
-def _parquet(source: Path) -> Any:
+def import_parquet() -> tuple[Any, Any]:
+    """Return `pyarrow` and `pyarrow.parquet`.
+
+    Raises:
+        InvalidRequestError: they are not installed; the text says what brings them.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise InvalidRequestError("Parquet needs pyarrow; pip install 'raylm[data]' brings it") from None
+    return pa, pq
+
+
+def _parquet(source: Path) -> Any:
+    pa, pq = import_parquet()
     try:
         return pq.ParquetFile(source)
     except pa.ArrowInvalid as error:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +14,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page
 
 from raylm.batch import ledger_path
 from raylm.batch.ledger import Ledger, Record, Run
@@ -24,6 +23,7 @@ from raylm.batch.report import Histogram, Report, Series, number, printable, rea
 from raylm.errors import ErrorMessage, InvalidRequestError
 from raylm.messages import Usage
 from tests.batch.samples import COMPLETION, RECEIPT
+from tests.chromium import chromium
 
 RESULTS = Path(__file__).parents[2] / "results"
 """Where screenshots are kept."""
@@ -375,17 +375,9 @@ def test_numbers_are_told_to_three_digits() -> None:
 
 @pytest_asyncio.fixture
 async def browser() -> AsyncIterator[Browser]:
-    """Debian's Chromium, without a window."""
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "no chromium here; install it with apt-get install chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    """The browser of these tests."""
+    async with chromium() as browser:
         yield browser
-        await browser.close()
 
 
 def hostile(path: Path) -> Path:

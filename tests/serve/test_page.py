@@ -7,7 +7,6 @@ in the words of the HTTP API; all else is the gateway's.
 import json
 import os
 import re
-import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -23,10 +22,10 @@ from playwright.async_api import (
     Locator,
     Page,
     Route,
-    async_playwright,
     expect,
 )
 
+from tests.chromium import chromium
 from tests.serve.command import serve_command
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -62,17 +61,9 @@ def page_url() -> Iterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    """Debian's Chromium, without a window."""
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "no chromium here; install it with apt-get install chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    """The browser of these tests."""
+    async with chromium() as browser:
         yield browser
-        await browser.close()
 
 
 class Tab:

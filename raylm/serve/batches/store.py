@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from raylm.batch.outputs import sync_folder
 from raylm.errors import BatchStateError, ObjectNotFoundError, OutputBusyError
 from raylm.serve.schema import Batch, BatchList, FileList, FileObject
 
@@ -168,7 +169,7 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _sync_folder(self._files)
+        sync_folder(self._files)
         self._insert(file)
         return file
 
@@ -310,7 +311,7 @@ class Store:
                 )
             else:
                 path.unlink(missing_ok=True)
-        _sync_folder(self._files)
+        sync_folder(self._files)
         batch = msgspec.structs.replace(
             work.batch, output_file_id=ids[work.output_id], error_file_id=ids[work.errors_id]
         )
@@ -368,12 +369,3 @@ def _files_of(work: Work) -> tuple[str, str, str]:
 
 def _no(kind: str, object_id: str) -> ObjectNotFoundError:
     return ObjectNotFoundError(f"there is no {kind} {object_id}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a new name in a folder outlast a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
