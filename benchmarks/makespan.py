@@ -86,8 +86,8 @@ async def run(longest: int, num_rounds: int) -> list[Figure]:
 
     engines = [SimulatedConfig(tokens_per_s=speed, capacity=CAPACITY) for speed in SPEEDS]
     manager = await PoolManager.start(engines, SessionConfig())
-    pool = await attach(manager.actors)
-    pools = [await attach([actor]) for actor in manager.actors]
+    pool = await attach(list(manager.actors.values()))
+    pools = [await attach([actor]) for actor in manager.actors.values()]
     ratios: dict[str, list[float]] = {"pool": [], "arrival order": [], "static": []}
     try:
         await pool.generate_many(requests_of([10] * NUM_REQUESTS))  # warm-up

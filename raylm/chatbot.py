@@ -125,7 +125,7 @@ class AsyncChatbot:
                 placement_timeout_s=self._pool_config.placement_timeout_s if self._pool_config else None,
             )
             self._pool = Pool(self._pool_config, replace=self._manager.replace)
-            ready = [self._pool.attach(slot, actor) for slot, actor in enumerate(self._manager.actors)]
+            ready = [self._pool.attach(slot, actor) for slot, actor in self._manager.actors.items()]
             await asyncio.gather(*ready)
             prefix = f"raylm:{self._pool.statistics().slots[0].model}:"
             self._store = connect_store(self._session_config, self._manager.sessions, prefix)

@@ -26,6 +26,7 @@ from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
     closing,
+    contextmanager,
     nullcontext,
     redirect_stdout,
     suppress,
@@ -34,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO, TypeVar
 
+import msgspec
 import typer
 import uvloop
 import yaml
@@ -73,6 +75,11 @@ _EXIT_CODES = (
 _VERIFY_CODES = (
     "Exit codes: 0 the same texts; 1 some differ, or could not be asked; 2 wrong usage, or nothing to compare; "
     "3 could not start; 130 interrupted. RAYLM_DEBUG=1 shows tracebacks."
+)
+
+_OPERATE_CODES = (
+    "Exit codes: 0 done; 2 wrong usage, or no such model; 3 no cluster, no room, or no engine; 130 interrupted. "
+    "RAYLM_DEBUG=1 shows tracebacks."
 )
 
 _LINE_INTERVAL_S = 10.0
@@ -147,6 +154,9 @@ _OptionalModel = Annotated[
     str | None, typer.Option("--model", "-m", help="As in the other verbs.", show_default=_DEFAULT_MODEL)
 ]
 _Proxy = Literal["auto", "haproxy", "python"]
+_Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")]
+_Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+_Served = Annotated[str, typer.Argument(metavar="MODEL", help="A model that is served.", show_default=False)]
 _Replicas = Annotated[int, typer.Option(min=1, help="Actors that serve the model.")]
 _Tp = Annotated[int, typer.Option(min=1, help="GPUs of one replica; 1 on CPU.")]
 _Backend = Annotated[Backend, typer.Option(help="Engine; auto goes by the hardware.")]
@@ -485,8 +495,8 @@ def serve(
         Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of what to serve.", show_default=False)
     ] = None,
     *,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
     proxy: Annotated[
         _Proxy, typer.Option(help="What passes HTTP on to the gateways; auto is haproxy where it can run.")
     ] = "auto",
@@ -557,6 +567,144 @@ def plan(
     print(planned.text())  # noqa: T201
     if not planned.fits:
         raise typer.Exit(_FAILED)
+
+
+@app.command(epilog=_OPERATE_CODES)
+def up(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, as for serve.", show_default=False)],
+    *,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    proxy: Annotated[_Proxy, typer.Option(help="As for serve; a running Serve keeps its own.")] = "auto",
+    address: _Address = None,
+) -> None:
+    """Serve models on a running cluster, and leave them there; or bring what is served to what CONFIG says.
+
+    Models whose settings have changed are updated actor by actor, without a lost request. `raylm down` ends them.
+    """
+    from raylm.actors.manager_actor import served_models
+    from raylm.operate import settled
+    from raylm.serve.run import Endpoint
+
+    settings = ServeConfig.load(config)
+    endpoint = Endpoint(settings, host, port, proxy, address)
+    names = [model.name for model in settings.models]
+    with redirect_stdout(sys.stderr):
+        endpoint.connect(start=False)
+        with _console.status(f"starting {', '.join(names)}"):
+            endpoint.start(update=True)
+            asyncio.run(settled(names))
+        others = sorted(set(served_models()) - set(names))
+    _say(f"serving {', '.join(names)} at {endpoint.url}")
+    if others:
+        _say(f"also served, though not in {config}: {', '.join(others)}; raylm down NAME ends one", "yellow")
+
+
+@app.command(epilog=_OPERATE_CODES)
+def status(*, as_json: _JsonFigures = False, address: _Address = None) -> None:
+    """Show what is served on a cluster: models, their actors, and what they do."""
+    from raylm.operate import states, table
+
+    with _joined(address):
+        found = asyncio.run(states())
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    else:
+        Console(file=sys.stdout, highlight=False).print(table(found))
+
+
+@app.command(epilog=_OPERATE_CODES)
+def top(
+    *,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    address: _Address = None,
+) -> None:
+    """Watch the actors at work, until Ctrl-C."""
+    from rich.live import Live
+
+    from raylm.operate import Rates, states, table
+
+    async def watch() -> None:
+        rates = Rates()
+        with Live(table(await states(), rates), console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(interval)
+                live.update(table(await states(), rates), refresh=True)
+
+    screen = Console(file=sys.stdout, highlight=False)
+    with _joined(address), suppress(KeyboardInterrupt):
+        asyncio.run(watch())
+
+
+@app.command(epilog=_OPERATE_CODES)
+def logs(
+    model: _Served,
+    slot: Annotated[int, typer.Argument(metavar="SLOT", help="As in status.", min=0, show_default=False)],
+    *,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last ones.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with those that come, until Ctrl-C.")] = False,
+    address: _Address = None,
+) -> None:
+    """Print what the actor in a slot has written."""
+    from raylm.operate import actor_of, log_lines
+
+    answers = sys.stdout
+    with _joined(address):
+        actor = asyncio.run(actor_of(model, slot))
+        for text in log_lines(actor, num_lines=lines, follow=follow):
+            answers.write(text)
+            answers.flush()
+
+
+@app.command(epilog=_OPERATE_CODES)
+def scale(
+    model: _Served,
+    replicas: Annotated[int, typer.Argument(metavar="N", help="How many actors there are to be.", min=0)],
+    *,
+    group: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which of the model's groups of actors, from 0.", show_default=False),
+    ] = None,
+    address: _Address = None,
+) -> None:
+    """Have a model consist of N actors. Those that end finish what they have; with none, requests wait."""
+    from raylm.operate import scale as rescale
+
+    with _joined(address):
+        asyncio.run(rescale(model, replicas, group))
+    _say(f"{model} is to have {replicas} {'actor' if replicas == 1 else 'actors'}; raylm status shows how far it is")
+
+
+@app.command(epilog=_OPERATE_CODES)
+def drain(
+    model: _Served,
+    slot: Annotated[int, typer.Argument(metavar="SLOT", help="As in status.", min=0, show_default=False)],
+    *,
+    address: _Address = None,
+) -> None:
+    """Have the actor in a slot finish what it has and end, and another take its place."""
+    from raylm.operate import drain as see_off
+
+    with _joined(address):
+        asyncio.run(see_off(model, slot))
+    _say(f"slot {slot} of {model} gets no more requests, and ends when it has done what it has")
+
+
+@app.command(epilog=_OPERATE_CODES)
+def down(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="End these alone; else all of raylm.", show_default=False),
+    ] = None,
+    *,
+    address: _Address = None,
+) -> None:
+    """End what raylm serves on a cluster, and leave nothing of it there. The cluster goes on."""
+    from raylm.operate import down as end_all
+
+    with _joined(address), _console.status("ending"):
+        ended = asyncio.run(end_all(models or ()))
+    _say(f"ended: {', '.join(ended)}" if ended else "nothing was served on this cluster")
 
 
 @app.command()
@@ -645,6 +793,21 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
             return uvloop.run(cancellable())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    """Be connected to a cluster that runs, for as long as the block lasts."""
+    import ray
+
+    from raylm.actors import cluster
+
+    with redirect_stdout(sys.stderr):
+        cluster.connect(address, start=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _starting(model: str, replicas: int) -> AbstractContextManager[object]:

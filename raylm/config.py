@@ -349,26 +349,69 @@ class BatchConfig(_Config):
     hedge: bool = True
 
 
+class AutoscalingConfig(_Config):
+    """How many actors a group has, by the work that there is.
+
+    Attributes:
+        min_replicas: As few at least. 0 ends the last one when there is nothing to do; the next request waits for a new
+            one to start.
+        max_replicas: As many at most.
+        target_outstanding_tokens: Work that one actor is meant to have: tokens of prompts and answers of the requests
+            that it runs, and of its share of those that wait.
+        upscale_delay_s: There has been more work than that for so long before actors are added. With none there, the
+            first comes at once.
+        downscale_delay_s: There has been less for so long before some end. They finish what they have.
+    """
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(ge=1)
+    target_outstanding_tokens: int = Field(default=16_384, ge=1)
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, above max_replicas, {self.max_replicas}")
+        return self
+
+
 class EngineGroup(_Config):
     """Actors with the same engine.
 
-    In a file it is flat: the engine's own settings, and `replicas` beside them.
+    In a file it is flat: the engine's own settings, and `replicas` or `autoscaling` beside them.
 
     Attributes:
         engine: Settings of the engine.
-        replicas: Actors that host one each.
+        replicas: Actors that host one each. With `autoscaling`, how many there are at first.
+        autoscaling: Has their number follow the work. None: it is changed by hand alone.
     """
 
     engine: EngineConfig
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=0)
+    autoscaling: AutoscalingConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_flat(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and "engine" not in settings:
-            engine = {name: value for name, value in settings.items() if name != "replicas"}
-            return {"engine": engine, **({"replicas": settings["replicas"]} if "replicas" in settings else {})}
+            own = {name: settings[name] for name in ("replicas", "autoscaling") if name in settings}
+            settings = {"engine": {name: value for name, value in settings.items() if name not in own}, **own}
+        if isinstance(settings, dict) and "replicas" not in settings and settings.get("autoscaling"):
+            least = settings["autoscaling"]
+            least = least.get("min_replicas", 1) if isinstance(least, dict) else least.min_replicas
+            settings = {**settings, "replicas": least}
         return settings
+
+    @model_validator(mode="after")
+    def _begins_within_bounds(self) -> Self:
+        scaling = self.autoscaling
+        if scaling is not None and not scaling.min_replicas <= self.replicas <= scaling.max_replicas:
+            raise ValueError(
+                f"replicas is {self.replicas}, outside min_replicas {scaling.min_replicas} to max_replicas "
+                f"{scaling.max_replicas} of autoscaling"
+            )
+        return self
 
 
 class ModelConfig(_Config):
@@ -381,6 +424,7 @@ class ModelConfig(_Config):
             model's own chat template.
         pool: Limits of each gateway's pool.
         sessions: Limits of its session store.
+        drain_timeout_s: An actor that is to end may work so long on what it has; what is left then moves to another.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -388,6 +432,13 @@ class ModelConfig(_Config):
     meta_template: Literal["internlm2", "chatml"] | list[dict[str, Any]] | None = None
     pool: PoolConfig = PoolConfig(max_queued=10_000, interactive_reserve=1 / 16)
     sessions: SessionConfig = SessionConfig()
+    drain_timeout_s: float = Field(default=300, ge=0)
+
+    @model_validator(mode="after")
+    def _one_group_scales(self) -> Self:
+        if sum(group.autoscaling is not None for group in self.engines) > 1:
+            raise ValueError("engines: only one group can have autoscaling, for they share the work")
+        return self
 
     def slots(self) -> list[EngineConfig]:
         """Return the engine of each slot."""

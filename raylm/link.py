@@ -49,6 +49,7 @@ class Link:
         self.number = number
         self.actor = actor
         self.state = "starting"
+        self.draining = False  # it gets no more requests, and no new actor when this one dies
         self.info: ActorInfo | None = None
         self.statistics: EngineStatistics | None = None
         self.num_deaths = 0
@@ -57,17 +58,19 @@ class Link:
         self.client_id = ""
         self.outbox: list[Stream] = []
         self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
-        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, or failed
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, failed, or gone
+        self.error: RaylmError | None = None  # why it is not up
+        self.task: asyncio.Task[None] | None = None  # that of `run`
 
     async def run(self) -> None:
         """Connect, poll until the actor is lost, and again."""
         connections = itertools.count()
         num_failures = 0
-        while True:
+        while not self.draining:
             try:
                 info = _decode_info(await self.actor.describe.remote())
             except ray.exceptions.ActorDiedError as error:
-                self._failed(EngineStartError(f"the actor of slot {self.number} is gone: {first_line(error)}"))
+                self.fail(EngineStartError(f"the actor of slot {self.number} is gone: {first_line(error)}"))
                 return
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(0.1)  # it is being restarted
@@ -76,7 +79,7 @@ class Link:
                 cause = unwrap(error)
                 num_failures += 1
                 if num_failures >= _MAX_START_FAILURES or not self.settled.done():
-                    self._failed(cause)
+                    self.fail(cause)
                 _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
                 await asyncio.sleep(min(2.0**num_failures, _MAX_BACKOFF_S))
                 continue
@@ -85,6 +88,7 @@ class Link:
             self.client_id = f"{self.pool.pool_id}-{self.number}.{next(connections)}"
             self.info = info
             self.state = "up"
+            self.error = None
             self.pool._slot_up(self)
             if not self.settled.done():
                 self.settled.set_result(None)
@@ -179,7 +183,7 @@ class Link:
 
     def lost(self, why: str, *, died: bool = True) -> None:
         """Close the slot and move everything that was in it. Does nothing when that is done."""
-        if self.state == "down":
+        if self.state in {"down", "gone"}:
             return
         self.state = "down"
         self.num_deaths += died
@@ -187,8 +191,10 @@ class Link:
         _log.warning("slot %d lost its actor with %d requests in it: %s", self.number, len(self.streams), why)
         self.pool._slot_down(self, why, died=died)
 
-    def _failed(self, error: RaylmError) -> None:
+    def fail(self, error: RaylmError) -> None:
+        """Take note that the engine does not start."""
         self.state = "failed"
+        self.error = error
         if not self.settled.done():
             self.settled.set_exception(error)
         self.pool._slot_failed(error)

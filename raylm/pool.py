@@ -15,7 +15,8 @@ What can go wrong with an attempt, and what follows:
 2.  The engine raises. A wrong request fails; anything that may work elsewhere goes back to the queue.
 3.  Nothing is heard for too long (`_watch`). The attempt is cancelled and the request goes elsewhere. The actor gets a
     health check, and is replaced if it does not pass.
-4.  The server behind a client actor fails. The request goes elsewhere, and the slot waits until the server is back.
+4.  The slot is to end (`drain`, then `detach`). It gets nothing new, and what it has not finished by then moves.
+5.  The server behind a client actor fails. The request goes elsewhere, and the slot waits until the server is back.
 
 Deltas carry the key of their attempt, and a key is forgotten with its attempt, so late deltas of a lost attempt find
 nobody. All state belongs to one event loop.
@@ -177,8 +178,49 @@ class Pool:
         if known is not None and known.actor == actor:
             return known.settled
         link = self._links[number] = Link(self, number, actor)
-        self._own(link.run())
+        link.task = self._own(link.run())
         return link.settled
+
+    def drain(self, number: int) -> None:
+        """Give a slot no more requests. What runs there runs on; its sessions go elsewhere with their next turns."""
+        link = self._links[number]
+        if not link.draining:
+            link.draining = True
+            self.router.drain(number)
+            self._dispatch_soon()
+
+    def fail(self, number: int, error: RaylmError) -> None:
+        """Take note that the engine of a slot does not start, and is not tried again."""
+        link = self._links[number]
+        if link.task is not None:
+            link.task.cancel()
+        if link.state != "failed":
+            link.fail(error)
+
+    def detach(self, number: int) -> None:
+        """Let go of a slot whose actor is about to end. What runs there moves to another, and goes on."""
+        link = self._links.pop(number)
+        link.draining = True
+        self.router.drain(number)
+        if link.task is not None:
+            link.task.cancel()
+        if link.state in {"up", "suspected"}:
+            self._own(link.forget())
+        link.state = "gone"
+        link.outbox = []
+        for stream in reversed(list(link.streams.values())):
+            self._move(stream, "drained", NoActorError(f"slot {number} has ended, and no other took the request"))
+        for stream in self._pinned.pop(number, ()):
+            if not stream.done:
+                self._queue_of(stream).append(stream)
+        self.router.remove(number)
+        if not link.settled.done():
+            link.settled.set_result(None)
+
+    @property
+    def slots(self) -> list[int]:
+        """Numbers of its slots."""
+        return sorted(self._links)
 
     def settled(self) -> list[asyncio.Future[None]]:
         """Return for each slot what `attach` returned."""
@@ -241,7 +283,7 @@ class Pool:
                 self._dispatch()  # of many that come in one loop tick, only those that find no room wait
             if self._num_waiting >= limit and not self.router.has_room():
                 raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
-        if self._links and all(link.state == "failed" for link in self._links.values()):
+        if self._all_failed():
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
         stream = Stream(self, request, lane, session_id)
         if timeout_s is not None:
@@ -364,7 +406,8 @@ class Pool:
         slots = tuple(
             SlotStatistics(
                 slot=number,
-                state=link.state,
+                state="draining" if link.draining else link.state,
+                detail=str(link.error or ""),
                 model=link.info.engine.model if link.info else "",
                 device=link.info.engine.device if link.info else "",
                 num_running=len(link.streams),
@@ -382,6 +425,7 @@ class Pool:
         return PoolStatistics(
             slots=slots,
             num_waiting=self._num_waiting,
+            waiting_tokens=sum(stream._tokens for stream in self._waiting()),
             num_running=sum(len(link.streams) for link in self._links.values()),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
@@ -411,12 +455,15 @@ class Pool:
     @property
     def num_up(self) -> int:
         """Slots whose actor can work."""
-        return sum(link.state == "up" for link in self._links.values())
+        return sum(link.state == "up" and not link.draining for link in self._links.values())
 
     @property
     def can_work(self) -> bool:
-        """Whether any slot may ever be up: False once the pool is closed, or no engine could be started."""
-        return not self._closed and any(link.state != "failed" for link in self._links.values())
+        """Whether any slot may ever be up: False once the pool is closed, or no engine could be started.
+
+        A pool without slots waits for some.
+        """
+        return not self._closed and not self._all_failed()
 
     @property
     def max_context(self) -> int | None:
@@ -611,7 +658,10 @@ class Pool:
         link = stream._link
         if link is None:
             return
-        stream._fruitless = 0 if stream._spoke else stream._fruitless + 1
+        if stream._spoke:
+            stream._fruitless = 0
+        elif cause != "drained":  # nothing has failed
+            stream._fruitless += 1
         if stream._fruitless >= self.config.max_attempts:
             self._settle(stream, error=error)
             return
@@ -673,7 +723,7 @@ class Pool:
                 lost = ActorLostError(f"slot {link.number}: {why}")
                 self._move(stream, "died" if died else "lease", lost)
         # One at a time is certain: who is on trial at a second death is the culprit. Of several, each is tried again.
-        num_slots = max(1, sum(other.state == "up" for other in self._links.values()))
+        num_slots = max(1, self.num_up)
         num_waves = math.ceil(len(self._suspects) / num_slots / _TRIALS_IN_A_ROW)
         self._trials_at_once = 1 if on_trial else max(1, num_waves)
         # Sessions that waited for this slot go to any other now.
@@ -682,9 +732,12 @@ class Pool:
                 self._queue_of(stream).append(stream)
         self._dispatch_soon()
 
+    def _all_failed(self) -> bool:
+        return bool(self._links) and all(link.state == "failed" for link in self._links.values())
+
     def _slot_failed(self, error: RaylmError) -> None:
         self._last_start_error = error
-        if all(link.state == "failed" for link in self._links.values()):
+        if self._all_failed():
             for stream in self._waiting():
                 self._settle(stream, error=NoActorError(f"no engine could be started; the last one said: {error}"))
 

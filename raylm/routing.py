@@ -4,7 +4,7 @@ Choosing and reserving are one step, so two requests can never be promised the s
 rules, in order:
 
 1.  A pinned session goes to its slot, and waits for it while the slot is up but full.
-2.  Everything else, and a session whose slot is down, goes to the least loaded slot that is up and has room. Load is
+2.  Everything else, and a session whose slot is down or gone, goes to the least loaded slot that is up and has room. Load is
     the number of outstanding tokens; among equals, the slot with the fewest pinned sessions.
 3.  A session that had to leave its slot is pinned to the new one. No other session moves.
 4.  A slot takes no more than a given number of requests under suspicion (`trial`) at a time.
@@ -21,6 +21,10 @@ from typing import Final
 LEAST_LOADED: Final = "least-loaded"
 PINNED: Final = "pinned"
 MOVED_DIED: Final = "moved:died"
+MOVED_DRAINED: Final = "moved:drained"
+
+NO_SLOT: Final = -1
+"""Where a session is pinned while there is no slot at all."""
 
 
 class Reservation:
@@ -29,7 +33,7 @@ class Reservation:
     Attributes:
         slot: The slot's number.
         tokens: Outstanding tokens that it stands for.
-        why: `least-loaded`, `pinned`, or `moved:died` for a session whose slot is down.
+        why: `least-loaded`, `pinned`, or for a session that had to leave its slot `moved:died` or `moved:drained`.
         trial: Whether the request is under suspicion.
     """
 
@@ -47,6 +51,7 @@ class Reservation:
 class _Slot:
     __slots__ = (
         "capacity",
+        "draining",
         "incarnation",
         "limit",
         "load",
@@ -60,6 +65,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.up = False
+        self.draining = False
         self.capacity = 0
         self.limit = 0  # of the capacity, for requests in no hurry
         self.spacious = False  # up, and below that limit
@@ -100,7 +106,7 @@ class Router:
         if slot is None:
             slot = self._slots[number] = _Slot()
             slot.num_pins = sum(pinned == number for pinned in self._pins.values())
-        slot.up, slot.capacity = True, capacity
+        slot.up, slot.capacity = not slot.draining, capacity
         kept = max(1, int(capacity * self._reserved)) if self._reserved and capacity > 1 else 0
         slot.limit = capacity - kept
         slot.running = slot.load = slot.num_trials = 0
@@ -118,8 +124,22 @@ class Router:
     def suspend(self, number: int, *, suspended: bool) -> None:
         """Take no more (or again take) new requests, while what runs there runs on."""
         slot = self._slots[number]
-        slot.up = not suspended
+        slot.up = not suspended and not slot.draining
         self._changed(number, slot)
+
+    def drain(self, number: int) -> None:
+        """Take no more new requests, for good; sessions pinned to the slot move when they next ask."""
+        slot = self._slots.setdefault(number, _Slot())
+        slot.draining, slot.up = True, False
+        self._changed(number, slot)
+
+    def remove(self, number: int) -> None:
+        """Forget a slot whose reservations have all been released."""
+        slot = self._slots.pop(number, None)
+        if slot is not None and slot.spacious:
+            self._num_spacious -= 1
+        self._heap = [entry for entry in self._heap if entry[2] != number]
+        heapify(self._heap)
 
     def has_room(self, *, spare: bool = False) -> bool:
         """True when some slot can take a request, or with `spare` one that is in no hurry."""
@@ -150,11 +170,12 @@ class Router:
     def candidate(self) -> int:
         """Return the slot that a new session should be pinned to: the least loaded that is up, full or not.
 
-        Returns 0 when every slot is down: the pin moves as soon as the session asks for room.
+        When every slot is down it is the first one, or `NO_SLOT`: the pin moves as soon as the session asks for room.
         """
         found = self._least_loaded(frozenset(), None)
         if found is None:
-            found = min((number for number, slot in self._slots.items() if slot.up), key=self.load, default=0)
+            up = (number for number, slot in self._slots.items() if slot.up)
+            found = min(up, key=self.load, default=min(self._slots, default=NO_SLOT))
         return found
 
     def load(self, number: int) -> int:
@@ -195,7 +216,10 @@ class Router:
                     return None
                 self.pin(session_id, number)
                 return self._reserve(number, slot, tokens, PINNED, trial=trial is not None)
-            why = MOVED_DIED
+            if slot is None or slot.draining:
+                why = LEAST_LOADED if number == NO_SLOT else MOVED_DRAINED
+            else:
+                why = MOVED_DIED
         if spare and not self._num_spacious:
             return None
         found = self._least_loaded(avoid, trial, spare=spare)

@@ -16,11 +16,11 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.manager_actor import Membership, find
+from raylm.actors.manager_actor import Membership, find, told
 from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
-from raylm.errors import NoActorError, RaylmError
+from raylm.errors import EngineStartError
 from raylm.pool import Pool
 from raylm.statistics import ModelState
 from raylm.template import MetaTemplate, named_template
@@ -64,11 +64,8 @@ class ServedPool:
             PlacementError: its actors do not fit.
         """
         manager = await asyncio.to_thread(find, model)
-        try:
-            config = ModelConfig.model_validate_json(await manager.start.remote())
-            store = await manager.sessions.remote()
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, RaylmError) else error) from None
+        config = ModelConfig.model_validate_json(await told(manager.start.remote()))
+        store = await told(manager.sessions.remote())
         served: Self
 
         def replace(slot: int, pid: int) -> None:
@@ -94,7 +91,7 @@ class ServedPool:
         Raises:
             NoActorError: the manager is being restarted.
         """
-        state = _decode_state(await _told(self._manager.state.remote()))
+        state = _decode_state(await told(self._manager.state.remote()))
         state.num_sessions = await self.conversations.num_sessions()
         return state
 
@@ -106,7 +103,7 @@ class ServedPool:
         """
         if self.pool.cancel(request_id):
             return True
-        await _told(self._manager.cancel.remote(request_id))
+        await told(self._manager.cancel.remote(request_id))
         return False
 
     async def aclose(self) -> None:
@@ -129,8 +126,16 @@ class ServedPool:
         report = _encode(self.pool.report())
         membership: Membership = await self._manager.watch.remote(self.pool.pool_id, self._version, report)
         self._version = membership.version
-        for slot, actor in membership.actors.items():
-            self.pool.attach(slot, actor)
+        if membership.actors is not None:
+            for slot, actor in membership.actors.items():
+                self.pool.attach(slot, actor)
+            for slot in self.pool.slots:
+                if slot not in membership.actors:
+                    self.pool.detach(slot)
+            for slot in membership.draining:
+                self.pool.drain(slot)
+            for slot, words in membership.failed.items():
+                self.pool.fail(slot, EngineStartError(f"slot {slot} did not start: {words}"))
         for request_id in membership.cancelled:
             self.pool.cancel(request_id)
 
@@ -162,11 +167,3 @@ class ServedPool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a served pool broke", "exception": error})
-
-
-async def _told(call: Any) -> Any:
-    """Return what the manager says, or raise what a client is to be told of its restart."""
-    try:
-        return await call
-    except ray.exceptions.RayActorError as error:
-        raise NoActorError("the manager is being restarted; try again", retry_after_s=1.0) from error

@@ -45,7 +45,8 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         slot: Its number.
-        state: `starting`, `up`, `suspected`, `down` or `failed`.
+        state: `starting`, `up`, `suspected`, `down`, `failed` or `draining`; of a served model also `waiting` for room.
+        detail: Why it is not up, for people; empty when it is, or is about to be.
         model: The model it serves, or "" before it has started.
         device: Where that computes, for people, or "" before it has started.
         num_running: Requests of this pool at the actor.
@@ -61,6 +62,7 @@ class SlotStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     slot: int
     state: str
+    detail: str
     model: str
     device: str
     num_running: int
@@ -96,19 +98,21 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         slots: Its slots, by number.
         num_waiting: Requests in the queue.
+        waiting_tokens: Tokens those requests may need.
         num_running: Requests at actors.
         num_finished: Requests answered.
         num_failed: Requests that ended with an error.
         num_aborted: Requests that their clients left before the end.
         num_attempts: Attempts to answer one.
         num_moved: Attempts that were lost and taken up elsewhere.
-        moves: The same by cause: `died`, `failed`, `silent` or `lease`.
+        moves: The same by cause: `died`, `failed`, `silent`, `lease` or `drained`.
         num_tokens: Tokens of answered requests.
         first_token_timeout_s: The watchdog's bound at present.
     """
 
     slots: tuple[SlotStatistics, ...]
     num_waiting: int
+    waiting_tokens: int
     num_running: int
     num_finished: int
     num_failed: int
@@ -145,6 +149,7 @@ class ModelState(msgspec.Struct, kw_only=True):
         name: The model's.
         num_clients: Pools that use it now.
         num_sessions: Sessions that its store remembers.
+        num_wanted: Slots that there should be.
         num_waiting: As in `PoolStatistics`, and so are the others of these names.
         slots: Its slots; `num_running` is what the engine itself says, where it does.
         failures: The latest requests that ended with an error.
@@ -153,6 +158,7 @@ class ModelState(msgspec.Struct, kw_only=True):
     name: str
     num_clients: int = 0
     num_sessions: int = 0
+    num_wanted: int = 0
     num_waiting: int = 0
     num_running: int = 0
     num_finished: int = 0

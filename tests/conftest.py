@@ -57,7 +57,7 @@ async def start_pool(cluster: str) -> AsyncIterator[StartPool]:
             manager = await PoolManager.start(engines, SessionConfig())
             stack.push_async_callback(manager.aclose)
             pool = await stack.enter_async_context(Pool(config, replace=manager.replace))
-            for ready in [pool.attach(slot, actor) for slot, actor in enumerate(manager.actors)]:
+            for ready in [pool.attach(slot, actor) for slot, actor in manager.actors.items()]:
                 await ready
             store = connect_store(SessionConfig(), manager.sessions, "raylm:test:")
             stack.push_async_callback(store.aclose)

@@ -78,14 +78,14 @@ async def test_short_requests_leave_nothing_behind(start_pool: StartPool) -> Non
             while connections(pids[1], http_port):
                 await asyncio.sleep(0.1)
             # A request that was left ends at its server a moment later.
-            for actor in running.manager.actors:
+            for actor in running.manager.actors.values():
                 while {name: number for name, number in (await left_in(actor)).items() if number} != IDLE:
                     await asyncio.sleep(0.05)
             return {
                 "threads": [psutil.Process(pid).num_threads() for pid in pids],
                 "pool's threads": threading.active_count(),
                 "connections": connections(pids[2], triton_port),
-                "actors": [await left_in(actor) for actor in running.manager.actors],
+                "actors": [await left_in(actor) for actor in running.manager.actors.values()],
                 "pool's tasks": len(pool._tasks),
                 "links": [(len(link.streams), len(link.unsent), len(link.outbox)) for link in pool._links.values()],
                 "waiting": (pool.statistics().num_waiting, len(list(pool._waiting())), len(pool._suspects)),

@@ -33,7 +33,7 @@ SLOW = SimulatedConfig(tokens_per_s=20)
 async def until_idle(running: Running) -> None:
     """Wait until no engine works on anything; the test's own timeout ends a wait in vain."""
     async with asyncio.timeout(20):
-        for actor in running.manager.actors:
+        for actor in running.manager.actors.values():
             while (await actor.statistics.remote()).num_running:
                 await asyncio.sleep(0.02)
 

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray._private.authentication import authentication_token_setup
@@ -23,20 +23,21 @@ _COUNTED = frozenset({"CPU", "GPU"})
 _BUILTIN = _COUNTED | {"memory", "object_store_memory"}
 
 
-def connect(address: str | None) -> bool:
-    """Connect this process to Ray; return False where it was connected already.
+def connect(address: str | None, *, start: bool = True) -> Literal["started", "joined"] | None:
+    """Connect this process to Ray; return how, or None where it was connected already.
 
     Without an address that is the cluster of `RAY_ADDRESS`, or the one that `ray start` started on this machine. It is
     not one that another program has started for itself, for that ends with its program.
 
     Args:
         address: Address of the cluster; `local` starts one for this process whatever else runs.
+        start: Start one for this process where there is none.
 
     Raises:
-        PlacementError: there is no cluster at the address that was asked for.
+        PlacementError: there is no cluster at the address that was asked for, or none and none is to be started.
     """
     if ray.is_initialized():
-        return False
+        return None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # Ray has no public word for "is there one?", and would try a silent address for many minutes.
@@ -55,9 +56,11 @@ def connect(address: str | None) -> bool:
                 f"cannot connect to the Ray cluster at {found}: {error}. If it checks tokens, set RAY_AUTH_MODE=token "
                 "before this program starts"
             ) from error
-    else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    return True
+        return "joined"
+    if not start:
+        raise PlacementError("no Ray cluster runs here; start one with `ray start --head`, or give its --address")
+    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    return "started"
 
 
 def _answers(address: str) -> bool:

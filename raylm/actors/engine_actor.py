@@ -22,6 +22,7 @@ import ray
 from pydantic import TypeAdapter
 
 from raylm import heap
+from raylm.actors.janitor import SWEEP_S, gpus_free, mark, sweep
 from raylm.config import EngineConfig
 from raylm.engines import build
 from raylm.engines.lmdeploy_worker import PLACEMENT_GROUP_VARIABLE
@@ -45,6 +46,9 @@ _MAX_REST_S = 0.01
 A reply costs about 0.6 ms of CPU in this process whatever is in it, nearly all of it Ray's. Of an engine whose requests
 have each a pace of their own, more would go to replies than to tokens. With few requests the wait is next to nothing.
 """
+
+_MAX_BACKOFF_S = 60.0
+"""The longest pause between two attempts to start the engine; the first one is 1 s, and each is twice as long."""
 
 _MAX_EXPIRED = 1000
 """Clients that are still told that they were taken for lost, should they come back."""
@@ -199,31 +203,39 @@ class EngineActor:
             # For an engine in a child process whose ranks are Ray actors.
             os.environ[PLACEMENT_GROUP_VARIABLE] = group.id.hex()
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        self._engine = build(_engine_config.validate_json(config))
+        mark()
+        checked = _engine_config.validate_json(config)
+        self._engine = build(checked)
+        self._on_gpus = getattr(checked, "device", "") == "cuda"
         self._clients: dict[str, _Client] = {}
         self._expired: dict[str, None] = {}  # clients that were taken for lost, the latest last
         self._starting: asyncio.Task[EngineInfo] | None = None
+        self._start_failures: list[RaylmError] = []  # in a row
+        self._start_again_at = 0.0
         self._reaper: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def describe(self) -> bytes:
         """Return an `ActorInfo`, once the engine has started. The first call starts it.
 
         Raises:
-            EngineStartError: it did not start. The next call tries again.
+            EngineStartError: it did not start. Calls try again once in a while, ever more seldom.
         """
         if self._starting is None:
-            self._starting = asyncio.create_task(self._engine.start())
-        try:
-            info = await asyncio.shield(self._starting)
-        except RaylmError:
-            self._starting = None
-            raise
+            if self._start_failures and time.monotonic() < self._start_again_at:
+                raise self._start_failures[-1].with_traceback(None)
+            self._starting = asyncio.create_task(self._start())
+        info = await asyncio.shield(self._starting)
         if self._reaper is None:
             self._reaper = asyncio.create_task(self._abort_lost_clients())
             heap.settle()
         actor = ray.get_runtime_context().get_actor_id()
         gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
         return _encode(ActorInfo(info, actor, socket.gethostname(), os.getpid(), gpus))
+
+    async def start_failures(self) -> list[str]:
+        """Return what each attempt to start said, since the engine was last up."""
+        return [str(error) for error in self._start_failures]
 
     async def submit(self, client_id: str, submission: bytes) -> None:
         """Start the requests of a `Submission`, and return at once. A key that is known is not started again."""
@@ -301,9 +313,26 @@ class EngineActor:
         """Abort everything and close the engine; the actor can then be killed without leaving a process behind."""
         for client_id in tuple(self._clients):
             await self.forget(client_id)
-        if self._reaper is not None:
-            self._reaper.cancel()
+        for task in (self._reaper, self._sweeper):
+            if task is not None:
+                task.cancel()
         await self._engine.close()
+
+    async def _start(self) -> EngineInfo:
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(_sweep())
+        try:
+            await asyncio.to_thread(sweep)
+            if self._on_gpus:
+                await gpus_free(_whole_gpus())
+            info = await self._engine.start()
+        except RaylmError as error:
+            self._start_failures.append(error)
+            self._start_again_at = time.monotonic() + min(_MAX_BACKOFF_S, 2.0 ** (len(self._start_failures) - 1))
+            self._starting = None
+            raise
+        self._start_failures = []
+        return info
 
     def _client(self, client_id: str) -> _Client:
         client = self._clients.get(client_id)
@@ -349,3 +378,15 @@ class EngineActor:
                     self._expired[client_id] = None
                     if len(self._expired) > _MAX_EXPIRED:
                         del self._expired[next(iter(self._expired))]
+
+
+async def _sweep() -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        await asyncio.to_thread(sweep)
+
+
+def _whole_gpus() -> list[int]:
+    """Return the GPUs that this actor has for itself."""
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+    return [int(gpu) for gpu in ray.get_gpu_ids()] if share >= 1 else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -50,21 +51,26 @@ _log = logging.getLogger(__name__)
 class PoolManager:
     """Creates one `EngineActor` a slot and one session store, and ends them all with `aclose`.
 
+    Args:
+        name: Of the pool, for actors that outlive this process.
+
     Attributes:
         actors: The engine actors' handles, by slot.
         sessions: The session store's handle; None where a database keeps them.
     """
 
-    def __init__(self) -> None:
-        self.actors: list[Any] = []
+    def __init__(self, name: str | None = None) -> None:
+        self.actors: dict[int, Any] = {}
         self.sessions: Any = None
+        self._name = name
+        self._replicas: dict[int, Replica] = {}
         self._groups: dict[int, Any] = {}  # by slot, the placement groups of the actors that have one
         self._replaced: dict[int, int] = {}  # by slot, the process that was ended last
 
     @classmethod
     async def start(
         cls,
-        engines: Sequence[EngineConfig],
+        engines: Sequence[EngineConfig] | Mapping[int, EngineConfig],
         sessions: SessionConfig,
         *,
         name: str | None = None,
@@ -73,7 +79,7 @@ class PoolManager:
         """Create the actors; returns when their processes are up. Their engines start when a pool attaches to them.
 
         Args:
-            engines: Settings of each slot's engine.
+            engines: Settings of each slot's engine; a sequence is numbered from 0.
             sessions: Where sessions are kept, and their limits.
             name: Of the pool, for actors that outlive this process. Those that exist under it are taken over as they
                 are, be they well, hanging, or in the middle of a restart.
@@ -83,16 +89,18 @@ class PoolManager:
             PlacementError: they do not fit, or the cluster is too busy to take them.
             NoActorError: one of their processes died, or the whole cluster did.
         """
+        if not isinstance(engines, Mapping):
+            engines = dict(enumerate(engines))
         taken_over = name is not None and _exist(name)
         if placement_timeout_s is None:
             placement_timeout_s = 0 if name is None else _SERVED_PLACEMENT_TIMEOUT_S
-        replicas = [Replica(slot, shape(config), name or "") for slot, config in enumerate(engines)]
+        manager = cls(name)
+        replicas = manager._replicas_of(engines)
         planned = await asyncio.to_thread(_plan, replicas)
         if not placement_timeout_s and not taken_over:
             require(_on_idle_nodes(planned))
-        manager = cls()
         try:
-            await manager._create(engines, planned, name, taken_over=taken_over)
+            await manager._create(engines, planned, taken_over=taken_over)
             manager.sessions = start_store(sessions, _named(name, "sessions"))
             if not taken_over:  # else pools see to each slot by itself, and one that is down must not end the others
                 await manager._wait_until_up(replicas, placement_timeout_s)
@@ -104,26 +112,54 @@ class PoolManager:
             raise
         return manager
 
-    async def _create(
-        self, engines: Sequence[EngineConfig], planned: Plan, name: str | None, *, taken_over: bool
-    ) -> None:
-        """Ask Ray for all actors, each where it is planned to go.
+    async def add(self, engines: Mapping[int, EngineConfig]) -> None:
+        """Create the actors of new slots, beside those that there are; they come up when they have room."""
+        planned = await asyncio.to_thread(_plan, self._replicas_of(engines))
+        await self._create(engines, planned, taken_over=False)
+
+    async def remove(self, slot: int) -> None:
+        """End the actor of a slot, and give back what it holds."""
+        actor = self.actors.pop(slot)
+        try:
+            await self._close(actor)
+        finally:
+            ray.kill(actor, no_restart=True)
+            if (group := self._groups.pop(slot, None)) is not None:
+                remove_placement_group(group)
+            self._replaced.pop(slot, None)
+            del self._replicas[slot]
+
+    def waiting(self, slots: Iterable[int]) -> tuple[list[int], str]:
+        """Return which of these slots have no room yet, and why. Blocks for some milliseconds."""
+        waiting = [self._replicas[slot] for slot in slots if not self._has_room(slot)]
+        if not waiting:
+            return [], ""
+        now = _plan(waiting)
+        return [replica.slot for replica in waiting], "" if now.fits else now.refusal()
+
+    def _replicas_of(self, engines: Mapping[int, EngineConfig]) -> list[Replica]:
+        return [Replica(slot, shape(config), self._name or "") for slot, config in engines.items()]
+
+    async def _create(self, engines: Mapping[int, EngineConfig], planned: Plan, *, taken_over: bool) -> None:
+        """Ask Ray for actors, each where it is planned to go.
 
         What has no room is asked for all the same: Ray's autoscaler, if there is one, sees it.
         """
-        for slot in [replica.slot for replica in planned.replicas if replica.shape.spans(planned.nodes)]:
-            self._groups[slot] = _group(planned, slot, name)
-        if self._groups and not taken_over:
-            planned = await asyncio.to_thread(self._plan_around_groups, planned)
+        new = range(len(planned.replicas))
+        spanning = [index for index in new if planned.replicas[index].shape.spans(planned.nodes)]
+        for index in spanning:
+            self._groups[planned.replicas[index].slot] = _group(planned, index, self._name)
+        if spanning and not taken_over:
+            planned = await asyncio.to_thread(self._plan_around_groups, planned, spanning)
         create = ray.remote(EngineActor)
-        for slot, config in enumerate(engines):
-            wanted = planned.replicas[slot].shape
-            places = planned.places[slot]
-            options = wanted.actor_options() | _named(name, f"slot-{slot}")
+        for index in new:
+            replica, places = planned.replicas[index], planned.places[index]
+            slot, wanted = replica.slot, replica.shape
+            options = wanted.actor_options() | _named(self._name, f"slot-{slot}")
             if wanted.grouped:
                 # The group outlives the actor's process: Ray starts the next one in its place.
                 if slot not in self._groups:
-                    self._groups[slot] = _group(planned, slot, name)
+                    self._groups[slot] = _group(planned, index, self._name)
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     self._groups[slot], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
                 )
@@ -132,22 +168,25 @@ class PoolManager:
                 options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
                     planned.nodes[places[0]].id, soft=True, _spill_on_unavailable=True
                 )
-            self.actors.append(create.options(**options).remote(config.model_dump_json()))
+            self._replicas[slot] = replica
+            self.actors[slot] = create.options(**options).remote(engines[slot].model_dump_json())
 
-    def _plan_around_groups(self, planned: Plan) -> Plan:
+    def _plan_around_groups(self, planned: Plan, spanning: Sequence[int]) -> Plan:
         """Plan the rest anew once Ray itself has chosen the nodes of the groups that go over several."""
         by_id = {node.id: dict(node.held) for node in planned.nodes}
-        for slot, group in self._groups.items():
-            if planned.places[slot] and group.wait(_GROUP_TIMEOUT_S):
-                wanted = planned.replicas[slot].shape
+        for index in spanning:
+            replica = planned.replicas[index]
+            group = self._groups[replica.slot]
+            if planned.places[index] and group.wait(_GROUP_TIMEOUT_S):
+                wanted = replica.shape
                 for bundle, node_id in placement_group_table(group)["bundles_to_node_id"].items():
                     for resource, amount in wanted.bundles()[bundle].items():
                         held = by_id.setdefault(node_id, {})
                         held[resource] = held.get(resource, 0) + amount
         left = [replace(node, held=by_id[node.id]) for node in planned.nodes]
-        rest = [replica for replica in planned.replicas if replica.slot not in self._groups]
+        rest = [replica for index, replica in enumerate(planned.replicas) if index not in spanning]
         again = iter(plan(left, rest).places)
-        places = [() if replica.slot in self._groups else next(again) for replica in planned.replicas]
+        places = [() if index in spanning else next(again) for index in range(len(planned.replicas))]
         return replace(planned, places=tuple(places))
 
     async def _wait_until_up(self, replicas: Sequence[Replica], placement_timeout_s: float) -> None:
@@ -187,18 +226,16 @@ class PoolManager:
 
     def _look(self, replicas: Sequence[Replica]) -> tuple[str, bool]:
         """Return why those that still have no room have none, and whether all would fit if the nodes were idle."""
-        waiting = []
-        for replica, actor in zip(replicas, self.actors, strict=True):
-            if replica.slot in self._groups:
-                has_room = placement_group_table(self._groups[replica.slot])["state"] == "CREATED"
-            else:
-                # A process is chosen once its room is taken, long before it answers. The address has a node before
-                # that: of who looks for one.
-                has_room = bool(state.actors(actor._actor_id.hex())["Address"]["Port"])
-            if not has_room:
-                waiting.append(replica)
+        waiting = [replica for replica in replicas if not self._has_room(replica.slot)]
         now = _plan(waiting)
         return "" if now.fits else now.refusal(), _on_idle_nodes(replace(now, replicas=tuple(replicas))).fits
+
+    def _has_room(self, slot: int) -> bool:
+        if slot in self._groups:
+            return bool(placement_group_table(self._groups[slot])["state"] == "CREATED")
+        # A process is chosen once its room is taken, long before it answers. The address has a node before that: of
+        # who looks for one.
+        return bool(state.actors(self.actors[slot]._actor_id.hex())["Address"]["Port"])
 
     def _check_groups(self) -> None:
         """See that lmdeploy's rank 0 can be where it takes it to be: on the node of its actor.
@@ -230,16 +267,17 @@ class PoolManager:
 
     async def aclose(self) -> None:
         """End all actors. Engines that do not close in time are killed."""
-        await asyncio.gather(*(self._close(actor) for actor in self.actors))
+        await asyncio.gather(*(self._close(actor) for actor in self.actors.values()))
         for actor in self._all():
             ray.kill(actor, no_restart=True)
         for group in self._groups.values():
             remove_placement_group(group)
-        self.actors = []
+        self.actors = {}
         self._groups = {}
 
     def _all(self) -> list[Any]:
-        return self.actors if self.sessions is None else [*self.actors, self.sessions]
+        actors = list(self.actors.values())
+        return actors if self.sessions is None else [*actors, self.sessions]
 
     async def _close(self, actor: Any) -> None:
         try:
@@ -264,6 +302,16 @@ def _exist(pool: str) -> bool:
     return any(actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{pool}:slot-") for actor in actors)
 
 
+def end_strays(pool: str, known: Iterable[int]) -> None:
+    """End what an earlier manager has left in slots that are not among the known ones. Blocks for some milliseconds."""
+    names = {f"{pool}:slot-{slot}" for slot in known}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name = actor["name"]
+        if actor["namespace"] == NAMESPACE and name.startswith(f"{pool}:slot-") and name not in names:
+            with suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+
+
 def _plan(replicas: Sequence[Replica]) -> Plan:
     return plan(nodes(), replicas)
 
@@ -273,15 +321,16 @@ def _on_idle_nodes(planned: Plan) -> Plan:
     return plan([replace(node, held={}) for node in planned.nodes], planned.replicas)
 
 
-def _group(planned: Plan, slot: int, name: str | None) -> Any:
-    """Return the placement group of a slot: the one that an earlier manager made, or a new one."""
-    group_name = "" if name is None else f"raylm:{name}:slot-{slot}"
+def _group(planned: Plan, index: int, name: str | None) -> Any:
+    """Return the placement group of a planned replica: the one that an earlier manager made, or a new one."""
+    replica, places = planned.replicas[index], planned.places[index]
+    group_name = "" if name is None else f"raylm:{name}:slot-{replica.slot}"
     if group_name:
         try:
             return get_placement_group(group_name)
         except ValueError:  # there is none
             pass
-    wanted, places = planned.replicas[slot].shape, planned.places[slot]
+    wanted = replica.shape
     spans = wanted.spans(planned.nodes)
     return placement_group(
         wanted.bundles(),

@@ -3,6 +3,7 @@
     watch(client, version, report)   who is in which slot, as soon as that has changed; also tells the client's news
     replace(slot, pid)               has a hanging process ended, once
     cancel(request)                  asks every client to abort a request
+    scale, update, drain             changes what is wanted; see `Fleet`
     state()                          what all clients have told, added up
 
 A client is a pool: that of a gateway, or of a program that has called `raylm.connect`. Everything is named and
@@ -21,10 +22,10 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.engine_actor import ActorInfo
-from raylm.actors.manager import NAMESPACE, PoolManager
+from raylm.actors.fleet import Fleet, Record, delete_record, load_record, save_record
+from raylm.actors.manager import NAMESPACE, PoolManager, end_strays
 from raylm.config import ModelConfig
-from raylm.errors import InvalidRequestError, ModelNotFoundError, RaylmError, UpstreamError
+from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
 from raylm.statistics import ModelState, PoolReport
 
 WATCH_S = 1.0
@@ -39,41 +40,117 @@ POOL_LEASE_S = 120.0
 _END_TIMEOUT_S = 30.0
 """How long a manager has to end its actors."""
 
-_HEALTH_INTERVAL_S = 5.0
-_HEALTH_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 10.0
+"""How long a manager has to say what it serves."""
 
 _SUFFIX = ":manager"
-
-_MAX_UNHEALTHY = 2
-"""An actor that fails this many health checks in a row is replaced."""
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 _decode_report = msgspec.msgpack.Decoder(PoolReport).decode
-_decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
+
+
+class Membership(msgspec.Struct):
+    """The answer of `watch`.
+
+    Attributes:
+        version: To be given to the next `watch`.
+        cancelled: Ids of requests to abort.
+        actors: Handles of the engine actors, by slot; None when that is as it was.
+        draining: Slots that get no more requests.
+        failed: Slots whose engine does not start, and its last words.
+    """
+
+    version: int
+    cancelled: list[str]
+    actors: dict[int, Any] | None = None
+    draining: list[int] = []
+    failed: dict[int, str] = {}
 
 
 class _Client:
-    def __init__(self) -> None:
-        self.report = b""
+    def __init__(self, report: PoolReport) -> None:
+        self.report = report
+        self.version = 0
         self.seen_at = time.monotonic()
         self.cancelled: list[str] = []
         self.news = asyncio.Event()
 
 
-class Membership:
-    """The answer of `watch`.
+class _Clients:
+    """The pools that use the model.
 
     Attributes:
-        version: To be given to the next `watch`.
-        actors: Handles of the engine actors, by slot.
-        cancelled: Ids of requests to abort.
+        version: What they are to know.
+        departed: What those that are gone have done.
     """
 
-    def __init__(self, version: int, actors: dict[int, Any], cancelled: list[str]) -> None:
-        self.version = version
-        self.actors = actors
-        self.cancelled = cancelled
+    def __init__(self, model: str) -> None:
+        self.version = time.time_ns()  # differs from that of every earlier process
+        self.departed = ModelState(name=model)
+        self._clients: dict[str, _Client] = {}
+        self._heard = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    async def news(self, client_id: str, version: int, report: PoolReport) -> list[str]:
+        """Take note of a report; return requests to abort, when there is something new or after `WATCH_S`."""
+        client = self._clients.setdefault(client_id, _Client(report))
+        client.report, client.version, client.seen_at = report, version, time.monotonic()
+        self._heard.set()
+        if version == self.version:
+            try:
+                async with asyncio.timeout(WATCH_S):
+                    await client.news.wait()
+            except TimeoutError:
+                pass
+        client.news.clear()
+        client.seen_at = time.monotonic()
+        cancelled, client.cancelled = client.cancelled, []
+        return cancelled
+
+    def leave(self, client_id: str, report: PoolReport) -> None:
+        """Take note of a client's last report."""
+        if self._clients.pop(client_id, None) is not None:
+            self.departed.count(report)
+            self._heard.set()
+
+    def expire(self) -> None:
+        """Forget those that have not watched for long."""
+        now = time.monotonic()
+        for client_id, client in tuple(self._clients.items()):
+            if now - client.seen_at > CLIENT_LEASE_S:
+                self.leave(client_id, client.report)
+
+    def cancel(self, request_id: str) -> None:
+        """Have a request aborted, wherever it is."""
+        for client in self._clients.values():
+            client.cancelled.append(request_id)
+            client.news.set()
+
+    # What a fleet asks
+
+    def publish(self) -> int:
+        """See `fleet.Clients`."""
+        self.version += 1
+        for client in self._clients.values():
+            client.news.set()
+        return self.version
+
+    async def seen(self, version: int) -> None:
+        """See `fleet.Clients`."""
+        while any(client.version < version for client in self._clients.values()):
+            await self.heard()
+
+    async def heard(self) -> None:
+        """See `fleet.Clients`."""
+        self._heard.clear()
+        await self._heard.wait()
+
+    def reports(self) -> list[PoolReport]:
+        """See `fleet.Clients`."""
+        return [client.report for client in self._clients.values()]
 
 
 class ManagerActor:
@@ -84,151 +161,132 @@ class ManagerActor:
     """
 
     def __init__(self, config: str) -> None:
-        self._json = config
         self._config = ModelConfig.model_validate_json(config)
-        self._manager: PoolManager | None = None
-        self._starting: asyncio.Task[PoolManager] | None = None
-        self._version = time.time_ns()  # differs from that of every earlier process
-        self._clients: dict[str, _Client] = {}
-        self._departed = ModelState(name=self._config.name)  # what clients that are gone have done
-        self._tasks: list[asyncio.Task[None]] = []
-        self._pids: dict[int, int] = {}  # by slot, the process that was there when it was last asked
+        self._clients = _Clients(self._config.name)
+        self._starting: asyncio.Task[Fleet] | None = None
+        self._expiring: asyncio.Task[None] | None = None
+        self._sessions: Any = None
 
     async def start(self) -> str:
-        """Create the actors, or take them over; return the `ModelConfig` they were made from, as JSON.
+        """Create the actors, or take them over; return the `ModelConfig` that they follow, as JSON.
 
         Raises:
             PlacementError: they do not fit. The next call tries again.
             NoActorError: one of their processes died as it started.
         """
-        if self._starting is None:
-            config = self._config
-            self._starting = asyncio.create_task(
-                PoolManager.start(
-                    config.slots(),
-                    config.sessions,
-                    name=config.name,
-                    placement_timeout_s=config.pool.placement_timeout_s,
-                )
-            )
-        try:
-            self._manager = await asyncio.shield(self._starting)
-        except Exception:
-            self._starting = None
-            raise
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._tend(slot)) for slot in range(len(self._manager.actors))]
-            self._tasks.append(asyncio.create_task(self._expire()))
-        return self._json
+        return (await self._fleet()).config
 
     async def watch(self, client_id: str, version: int, report: bytes) -> Membership:
         """Take note of a client's report, and return when there is news for it, or after `WATCH_S`."""
-        await self.start()
-        client = self._clients.setdefault(client_id, _Client())
-        client.report = report
-        client.seen_at = time.monotonic()
-        if version == self._version:
-            try:
-                async with asyncio.timeout(WATCH_S):
-                    await client.news.wait()
-            except TimeoutError:
-                pass
-        client.news.clear()
-        client.seen_at = time.monotonic()
-        cancelled, client.cancelled = client.cancelled, []
-        actors = dict(enumerate(self._manager.actors)) if self._manager and version != self._version else {}
-        return Membership(self._version, actors, cancelled)
+        fleet = await self._fleet()
+        cancelled = await self._clients.news(client_id, version, _decode_report(report))
+        if version == self._clients.version:
+            return Membership(version, cancelled)
+        slots = fleet.slots.values()
+        return Membership(
+            self._clients.version,
+            cancelled,
+            {slot.number: slot.actor for slot in slots},
+            [slot.number for slot in slots if slot.phase == "draining"],
+            {slot.number: slot.detail for slot in slots if slot.phase == "failed"},
+        )
 
     async def leave(self, client_id: str, report: bytes) -> None:
         """Take note of a client's last report."""
-        if self._clients.pop(client_id, None) is not None:
-            self._departed.count(_decode_report(report))
+        self._clients.leave(client_id, _decode_report(report))
 
     async def replace(self, slot: int, pid: int) -> None:
         """See `PoolManager.replace`."""
-        await self.start()
-        if self._manager is not None and self._pids.get(slot, pid) == pid:
-            self._manager.replace(slot, pid)
+        (await self._fleet()).replace(slot, pid)
+
+    async def scale(self, replicas: int, group: int | None) -> None:
+        """See `Fleet.scale`."""
+        await (await self._fleet()).scale(replicas, group)
+
+    async def update(self, config: str) -> None:
+        """See `Fleet.update`.
+
+        Args:
+            config: A `ModelConfig` as JSON.
+        """
+        await (await self._fleet()).update(ModelConfig.model_validate_json(config))
+
+    async def drain(self, slot: int) -> None:
+        """See `Fleet.drain`."""
+        await (await self._fleet()).drain(slot)
 
     async def sessions(self) -> Any:
         """Return the session store's handle."""
-        await self.start()
-        return self._manager.sessions if self._manager else None
+        await self._fleet()
+        return self._sessions
 
     async def cancel(self, request_id: str) -> None:
         """Ask all clients to abort a request; one of them may have it."""
-        for client in self._clients.values():
-            client.cancelled.append(request_id)
-            client.news.set()
+        self._clients.cancel(request_id)
 
     async def state(self) -> bytes:
         """Return a `ModelState`."""
-        reports = [_decode_report(client.report) for client in self._clients.values()]
-        state = copy.deepcopy(self._departed)
+        fleet = await self._fleet()
+        reports = self._clients.reports()
+        state = copy.deepcopy(self._clients.departed)
         for report in reports:
             state.count(report)
         state.watch(reports)
+        seen = {slot.slot: slot for slot in state.slots}
+        state.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
+        state.num_wanted = fleet.num_wanted
         return _encode(state)
 
     async def close(self) -> None:
         """End all actors. This one is left to be killed."""
-        for task in self._tasks:
-            task.cancel()
+        if self._expiring is not None:
+            self._expiring.cancel()
         if self._starting is not None:
-            manager = await self._starting
-            await manager.aclose()
+            await (await self._starting).aclose()
 
-    async def _tend(self, slot: int) -> None:
-        """Have the engine of a slot started, and its actor replaced when it is not well."""
-        if self._manager is None:
-            raise AssertionError("unreachable: slots are tended once they exist")
-        actor = self._manager.actors[slot]
-        while True:
-            try:
-                pid = self._pids[slot] = await self._pid(actor)
-            except ray.exceptions.RayActorError:
-                await asyncio.sleep(0.2)  # it is being restarted
-                continue
-            except ray.exceptions.RayTaskError:
-                await asyncio.sleep(_HEALTH_INTERVAL_S)  # its engine does not start; pools say why
-                continue
-            num_unhealthy = 0
-            while num_unhealthy < _MAX_UNHEALTHY:
-                await asyncio.sleep(_HEALTH_INTERVAL_S)
-                try:
-                    async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                        await actor.check_health.remote()
-                except ray.exceptions.RayActorError:
-                    break
-                except (TimeoutError, ray.exceptions.RayTaskError) as error:
-                    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-                    if isinstance(cause, UpstreamError):  # another actor would meet the same server
-                        continue
-                    num_unhealthy += 1
-                    _log.warning("slot %d is not well (%d): %s", slot, num_unhealthy, cause or "no answer")
-                else:
-                    num_unhealthy = 0
-            else:
-                self._manager.replace(slot, pid)
+    async def _fleet(self) -> Fleet:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        try:
+            fleet = await asyncio.shield(self._starting)
+        except Exception:
+            self._starting = None
+            raise
+        if self._expiring is None:
+            self._expiring = asyncio.create_task(self._expire())
+        return fleet
 
-    async def _pid(self, actor: Any) -> int:
-        return _decode_info(await actor.describe.remote()).pid
+    async def _start(self) -> Fleet:
+        name, me = self._config.name, ray.get_runtime_context().get_actor_id()
+        record = await asyncio.to_thread(load_record, name, me)
+        if record is None:
+            config = self._config
+            record = Record(me, config.model_dump_json(), [group.replicas for group in config.engines])
+            record.number(record.wanted())
+            await asyncio.to_thread(end_strays, name, record.engines)
+            await asyncio.to_thread(save_record, name, msgspec.json.encode(record))
+        config = ModelConfig.model_validate_json(record.config)
+        try:
+            manager = await PoolManager.start(
+                record.configs(), config.sessions, name=name, placement_timeout_s=config.pool.placement_timeout_s
+            )
+        except Exception:
+            await asyncio.to_thread(delete_record, name)
+            raise
+        self._sessions = manager.sessions
+        return Fleet(record, manager, self._clients)
 
     async def _expire(self) -> None:
         """Forget clients that are gone, and end everything when none has been there for long."""
         left_at = time.monotonic()
         while True:
             await asyncio.sleep(CLIENT_LEASE_S / 4)
-            now = time.monotonic()
-            for client_id, client in tuple(self._clients.items()):
-                if now - client.seen_at > CLIENT_LEASE_S:
-                    await self.leave(client_id, client.report)
+            self._clients.expire()
             if self._clients:
-                left_at = now
-            elif now - left_at > POOL_LEASE_S:
+                left_at = time.monotonic()
+            elif time.monotonic() - left_at > POOL_LEASE_S:
                 _log.warning("nobody has used model %s for %.0f s: its actors end", self._config.name, POOL_LEASE_S)
-                if self._manager is not None:
-                    await self._manager.aclose()
+                await (await self._fleet()).aclose()
                 ray.actor.exit_actor()
 
 
@@ -260,17 +318,21 @@ async def served_config(model: str) -> ModelConfig | None:
     """
     manager = await asyncio.to_thread(find, model)
     try:
-        async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             return ModelConfig.model_validate_json(await manager.start.remote())
     except (TimeoutError, ray.exceptions.RayError):
         return None
 
 
-async def serve(config: ModelConfig) -> Any:
+async def serve(config: ModelConfig, *, update: bool = False) -> Any:
     """Return the handle of a model's manager, which is made where there is none.
 
+    Args:
+        config: What is to be served.
+        update: Where the model is served with other settings, replace its actors one by one by those that these ask for.
+
     Raises:
-        InvalidRequestError: the model is being served with other settings.
+        InvalidRequestError: the model is served with other settings, and is not to be updated or cannot be in service.
         PlacementError: its actors do not fit.
     """
     manager = (
@@ -286,15 +348,29 @@ async def serve(config: ModelConfig) -> Any:
         )
         .remote(config.model_dump_json())
     )
+    if ModelConfig.model_validate_json(await told(manager.start.remote())) != config:
+        if not update:
+            raise InvalidRequestError(
+                f"model {config.name!r} is served with other settings already; end it first, or give this one another "
+                "name"
+            )
+        await told(manager.update.remote(config.model_dump_json()))
+    return manager
+
+
+async def told(call: Any) -> Any:
+    """Return what a manager answers.
+
+    Raises:
+        RaylmError: what it has raised.
+        NoActorError: it is being restarted.
+    """
     try:
-        served = ModelConfig.model_validate_json(await manager.start.remote())
+        return await call
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, RaylmError) else error) from None
-    if served != config:
-        raise InvalidRequestError(
-            f"model {config.name!r} is served with other settings already; end it first, or give this one another name"
-        )
-    return manager
+    except ray.exceptions.RayActorError as error:
+        raise NoActorError("the manager is being restarted; try again", retry_after_s=1.0) from error
 
 
 async def end(model: str) -> None:

@@ -141,7 +141,7 @@ class Gateway:
     async def start(self) -> None:
         """Join, or make, the pool of each model. Their engines may still be loading when this returns."""
         for model in self._config.models:
-            await serve(model)
+            await serve(model, update=True)
             self._served[model.name] = await self._stack.enter_async_context(await ServedPool.open(model.name))
         await self.batches.start()
         self._stack.push_async_callback(self.batches.aclose)

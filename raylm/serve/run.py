@@ -94,7 +94,7 @@ class Endpoint:
         self._port = port
         self._address = address
         self.proxy, self.proxy_reason = prepare_environment(proxy)
-        self._owns_ray = False
+        self._connected: Literal["started", "joined"] | None = None
         self._owns_serve = False
 
     @property
@@ -110,23 +110,33 @@ class Endpoint:
 
         return str(ray.get_runtime_context().gcs_address)
 
-    def connect(self) -> None:
-        """Connect to Ray, and start it where there is none.
+    def connect(self, *, start: bool = True) -> None:
+        """Connect to Ray.
+
+        Args:
+            start: Start it where there is none. It then ends with this process.
 
         Raises:
             EngineStartError: the port is taken; the text says by whom.
-            PlacementError: there is no cluster at the address.
+            PlacementError: there is no cluster at the address, or none at all.
         """
-        if why := refusal(self._host, self._port):
-            raise EngineStartError(f"port {self._port} cannot be had: {why}; end that, or take another --port")
         from raylm.actors.cluster import connect
 
+        if start:  # before Ray is started, which takes seconds
+            self._check_port()
         if self._host in _LOOPBACK:
             os.environ[LOOPBACK] = "1"
-        self._owns_ray = connect(self._address)
+        self._connected = connect(self._address, start=start)
+        self._owns_serve = not serve_runs()
+        if not start and self._owns_serve:
+            self._check_port()
 
-    def start(self) -> None:
+    def start(self, *, update: bool = False) -> None:
         """Start the gateways and the actors; returns when every slot is up.
+
+        Args:
+            update: Models that are served with other settings are updated, actor by actor. Else they are what a command
+                that was killed has left, and end.
 
         Raises:
             EngineStartError: an engine did not start; the text says what to do.
@@ -140,10 +150,10 @@ class Endpoint:
         from raylm.serve.app import build_app
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        self._owns_serve = not _serve_runs()
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
-        asyncio.run(_end_outdated(self._config))
+        if not update:
+            asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
         if problem:  # said now, for the managers wait for nodes to join before they give up
             _log.warning("waiting for room in the cluster. %s", problem)
@@ -152,6 +162,10 @@ class Endpoint:
         except (RayServeException, RuntimeError) as error:  # the latter has no more to say than that it failed
             raise PlacementError(problem or f"the gateways did not start: {error}") from error
         asyncio.run(_wait_until_up(self._config.models))
+
+    def _check_port(self) -> None:
+        if why := refusal(self._host, self._port):
+            raise EngineStartError(f"port {self._port} cannot be had: {why}; end that, or take another --port")
 
     def _no_room(self) -> str:
         """Return why models that are not being served yet have no room; empty when they have."""
@@ -173,7 +187,7 @@ class Endpoint:
 
         if not ray.is_initialized():
             return
-        if self._owns_serve and not self._owns_ray:
+        if self._owns_serve and self._connected != "started":
             serve.shutdown()
         else:
             serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
@@ -184,7 +198,7 @@ class Endpoint:
             await asyncio.gather(*(end(model.name) for model in self._config.models))
 
         asyncio.run(end_all())
-        if self._owns_ray:
+        if self._connected:
             ray.shutdown()
 
 
@@ -241,7 +255,8 @@ async def _wait_until_up(models: tuple[ModelConfig, ...]) -> None:
             await served.ready()
 
 
-def _serve_runs() -> bool:
+def serve_runs() -> bool:
+    """Return whether Ray Serve runs on the cluster that this process is connected to."""
     from ray.serve.context import _get_global_client
 
     try:

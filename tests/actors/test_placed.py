@@ -45,7 +45,7 @@ async def main():
     planned = plan(found, [Replica(slot, shape(config)) for slot, config in enumerate(configs)])
     manager = await PoolManager.start(configs, SessionConfig(), placement_timeout_s=float(sys.argv[2]))
     real = []
-    for slot, (config, actor) in enumerate(zip(configs, manager.actors)):
+    for slot, (config, actor) in enumerate(zip(configs, manager.actors.values())):
         if slot in manager._groups:
             bundles = placement_group_table(manager._groups[slot])["bundles_to_node_id"]
             real.append([where(actor), [bundles[rank + 1] for rank in range(config.tp)]])

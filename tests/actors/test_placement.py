@@ -372,7 +372,7 @@ from raylm import Pool, SessionConfig, SimulatedConfig
 async def main():
     manager = await PoolManager.start([SimulatedConfig(num_gpus=2)] * 2, SessionConfig())
     async with Pool() as pool:
-        await asyncio.gather(*[pool.attach(slot, actor) for slot, actor in enumerate(manager.actors)])
+        await asyncio.gather(*[pool.attach(slot, actor) for slot, actor in manager.actors.items()])
         print(json.dumps([slot.gpus for slot in pool.statistics().slots]))
     await manager.aclose()
 

@@ -1,0 +1,521 @@
+"""Fleet: the actors of a served model through their lives, from the first one's creation to the last one's end.
+
+What is wanted (a configuration, and how many actors each of its groups has) and which slots there are stands in a
+`Record` in Ray's own key-value store, so that the next process of a manager goes on with the same actors. It is
+written before anything is done, so no actor is ever unknown.
+
+Slots are numbered once and never again: an actor that takes the place of a drained one has a new number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol
+
+import msgspec
+import ray
+import ray.exceptions
+from pydantic import TypeAdapter
+from ray._private import state
+from ray.experimental import internal_kv
+
+from raylm.actors.engine_actor import ActorInfo
+from raylm.actors.lifecycle import Autoscaler, Member, Phase, steps
+from raylm.actors.manager import NAMESPACE, PoolManager
+from raylm.config import EngineConfig, ModelConfig
+from raylm.errors import InvalidRequestError, UpstreamError
+from raylm.statistics import PoolReport, SlotStatistics
+
+_INTERVAL_S = 1.0
+"""How often it is looked at whether something is to be done, when nothing has happened."""
+
+_ROOM_INTERVAL_S = 5.0
+"""How often it is looked at who has no room."""
+
+_HEALTH_INTERVAL_S = 5.0
+_HEALTH_TIMEOUT_S = 10.0
+
+_MAX_UNHEALTHY = 2
+"""An actor that fails this many health checks in a row is replaced."""
+
+_MAX_START_FAILURES = 3
+"""An actor that fails to start this many times in a row is given up."""
+
+_MAX_BACKOFF_S = 60.0
+
+_log = logging.getLogger(__name__)
+_engine_config: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
+_decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
+
+
+class Record(msgspec.Struct):
+    """What the next process of a manager has to know.
+
+    Attributes:
+        manager: Id of the manager's actor: another one begins anew.
+        config: What is wanted, a `ModelConfig` as JSON.
+        replicas: How many actors each of its groups is to have.
+        next_slot: Number of the next new slot.
+        engines: Settings of the engine of each slot that there is, as JSON.
+        draining: Those of them that are to end.
+    """
+
+    manager: str
+    config: str
+    replicas: list[int]
+    next_slot: int = 0
+    engines: dict[int, str] = {}
+    draining: list[int] = []
+
+    def wanted(self) -> list[str]:
+        """Return the engine settings of each actor that there should be, as JSON."""
+        groups = ModelConfig.model_validate_json(self.config).engines
+        return [
+            group.engine.model_dump_json()
+            for group, replicas in zip(groups, self.replicas, strict=True)
+            for _ in range(replicas)
+        ]
+
+    def number(self, engines: Iterable[str]) -> list[int]:
+        """Give new slots their numbers, and return these."""
+        slots = []
+        for engine in engines:
+            self.engines[self.next_slot] = engine
+            slots.append(self.next_slot)
+            self.next_slot += 1
+        return slots
+
+    def forget(self, slot: int) -> None:
+        """Strike a slot out."""
+        del self.engines[slot]
+        if slot in self.draining:
+            self.draining.remove(slot)
+
+    def configs(self) -> dict[int, EngineConfig]:
+        """Return the settings of each slot's engine."""
+        return {slot: _engine_config.validate_json(engine) for slot, engine in self.engines.items()}
+
+
+def load_record(model: str, manager: str) -> Record | None:
+    """Return what an earlier process of this manager has left; None when it is the first one. Blocks."""
+    found = internal_kv._internal_kv_get(_key(model), namespace=NAMESPACE.encode())
+    record = None if found is None else msgspec.json.decode(found, type=Record)
+    return record if record is not None and record.manager == manager else None
+
+
+def save_record(model: str, record: bytes) -> None:
+    """Keep a `Record`, as JSON. Blocks."""
+    internal_kv._internal_kv_put(_key(model), record, overwrite=True, namespace=NAMESPACE.encode())
+
+
+def delete_record(model: str) -> None:
+    """Forget a record. Blocks."""
+    internal_kv._internal_kv_del(_key(model), namespace=NAMESPACE.encode())
+
+
+def _key(model: str) -> bytes:
+    return f"model:{model}".encode()
+
+
+class Clients(Protocol):
+    """What a fleet knows of the pools that use it."""
+
+    def publish(self) -> int:
+        """Tell all of them that something is new; return what `seen` is to be asked for."""
+        ...
+
+    async def seen(self, version: int) -> None:
+        """Return when all of them know of it, or are gone."""
+        ...
+
+    async def heard(self) -> None:
+        """Return when one of them has reported, or is gone."""
+        ...
+
+    def reports(self) -> list[PoolReport]:
+        """Return what each has reported last."""
+        ...
+
+
+class Slot:
+    """An actor of the fleet.
+
+    Attributes:
+        number: Its slot.
+        engine: Settings of its engine, as JSON.
+        actor: Its handle.
+        phase: Where it is in its life.
+        detail: Why it is not up, for people.
+        info: What it last said of itself.
+    """
+
+    def __init__(self, number: int, engine: str, actor: Any) -> None:
+        self.number = number
+        self.engine = engine
+        self.actor = actor
+        self.phase: Phase = "starting"
+        self.detail = ""
+        self.info: ActorInfo | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def statistics(self, seen: SlotStatistics | None) -> SlotStatistics:
+        """Return its figures.
+
+        Args:
+            seen: What pools see of it; None when none does.
+        """
+        info = self.info
+        told = seen or SlotStatistics(
+            slot=self.number,
+            state=self.phase,
+            detail=self.detail,
+            model=info.engine.model if info else "",
+            device=info.engine.device if info else "",
+            num_running=0,
+            capacity=info.engine.capacity if info else 0,
+            outstanding_tokens=0,
+            num_deaths=0,
+            actor=self.actor._actor_id.hex(),
+            node=info.node if info else "",
+            pid=info.pid if info else None,
+            gpus=info.gpus if info else [],
+            engine=None,
+        )
+        if self.phase in ("waiting", "failed", "draining"):
+            told = msgspec.structs.replace(told, state=self.phase)
+        return msgspec.structs.replace(told, detail=self.detail or told.detail, actor=self.actor._actor_id.hex())
+
+
+class Fleet:
+    """Keeps as many actors as are wanted, with the engines that are wanted.
+
+    Args:
+        record: What is wanted, and the slots that there are.
+        manager: Has created them.
+        clients: The pools that use them.
+    """
+
+    def __init__(self, record: Record, manager: PoolManager, clients: Clients) -> None:
+        self.slots: dict[int, Slot] = {}
+        self._record = record
+        self._config = ModelConfig.model_validate_json(record.config)
+        self._manager = manager
+        self._clients = clients
+        self._changed = asyncio.Event()
+        self._autoscaler: Autoscaler | None = None
+        self._room_due = 0.0
+        self._saving = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._begin_scaling()
+        for number, engine in record.engines.items():
+            self._watch_over(Slot(number, engine, manager.actors[number]))
+        for number in record.draining:
+            self._retire_soon(self.slots[number])
+        self._own(self._keep())
+
+    @property
+    def num_wanted(self) -> int:
+        """How many actors there should be."""
+        return sum(self._record.replicas)
+
+    @property
+    def config(self) -> str:
+        """What is wanted, a `ModelConfig` as JSON."""
+        return self._record.config
+
+    async def scale(self, replicas: int, group: int | None) -> None:
+        """Have a group consist of so many actors.
+
+        Raises:
+            InvalidRequestError: there is no such group, or it scales itself.
+        """
+        groups = self._config.engines
+        if group is None:
+            if len(groups) > 1:
+                kinds = ", ".join(f"{index} is {each.engine.kind}" for index, each in enumerate(groups))
+                raise InvalidRequestError(f"group: {self._config.name} has several groups of actors, name one: {kinds}")
+            group = 0
+        if not 0 <= group < len(groups):
+            raise InvalidRequestError(f"group: {self._config.name} has {len(groups)}, numbered from 0; got {group}")
+        if replicas < 0:
+            raise InvalidRequestError(f"replicas: must be 0 or more, got {replicas}")
+        if groups[group].autoscaling is not None:
+            raise InvalidRequestError(
+                f"replicas: this group of {self._config.name} scales itself; change its bounds in the configuration"
+            )
+        await self._want(replicas, group)
+
+    async def update(self, config: ModelConfig) -> None:
+        """Have all actors replaced, one by one, whose engines are not those of a new configuration.
+
+        Raises:
+            InvalidRequestError: it changes what cannot be changed in service.
+        """
+        if config.sessions != self._config.sessions:
+            raise InvalidRequestError(
+                f"sessions: those of {config.name} are kept as they were begun; end the model first to change that"
+            )
+        replicas = []
+        for index, group in enumerate(config.engines):
+            bounds = group.autoscaling
+            if bounds is not None and index < len(self._record.replicas):
+                now = self._record.replicas[index]
+                replicas.append(min(max(now, bounds.min_replicas), bounds.max_replicas))
+            else:
+                replicas.append(group.replicas)
+        self._record.config, self._record.replicas = config.model_dump_json(), replicas
+        self._config = config
+        self._begin_scaling()
+        await self._save()
+        self._changed.set()
+
+    async def drain(self, number: int) -> None:
+        """Have the actor of a slot finish what it has, and end; another one takes its place.
+
+        Raises:
+            InvalidRequestError: there is no such slot.
+        """
+        slot = self.slots.get(number)
+        if slot is None:
+            there_are = ", ".join(map(str, sorted(self.slots))) or "none"
+            raise InvalidRequestError(f"slot: {self._config.name} has no slot {number}; there are: {there_are}")
+        await self._retire(slot)
+
+    def replace(self, number: int, pid: int) -> None:
+        """Have the process of a slot ended, and started anew; see `PoolManager.replace`."""
+        slot = self.slots.get(number)
+        if slot is not None and number in self._manager.actors and (slot.info is None or slot.info.pid == pid):
+            self._manager.replace(number, pid)
+
+    async def aclose(self) -> None:
+        """End all actors."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._manager.aclose()
+        await asyncio.to_thread(delete_record, self._config.name)
+
+    # What is wanted
+
+    async def _keep(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._autoscale()
+                await self._step()
+            except ray.exceptions.RayError as error:
+                _log.warning("the actors of %s stay as they are for now: %s", self._config.name, error)
+            try:
+                async with asyncio.timeout(_INTERVAL_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _step(self) -> None:
+        """Do what brings the actors closer to those that are wanted."""
+        await self._look_for_room()
+        loads = self._loads()
+        todo = steps(
+            self._record.wanted(),
+            [Member(slot.number, slot.engine, slot.phase, loads.get(slot.number, 0)) for slot in self.slots.values()],
+        )
+        for number in todo.drain:
+            await self._retire(self.slots[number])
+        if todo.create:
+            numbers = self._record.number(todo.create)
+            await self._save()
+            _log.info("%s gets slots %s", self._config.name, numbers)
+            try:
+                configs = self._record.configs()
+                await self._manager.add({number: configs[number] for number in numbers})
+            finally:
+                for number in numbers:
+                    if number in self._manager.actors:
+                        self._watch_over(Slot(number, self._record.engines[number], self._manager.actors[number]))
+                    else:
+                        self._record.forget(number)
+            self._room_due = 0
+            self._clients.publish()
+
+    async def _look_for_room(self) -> None:
+        """Find out which of the actors that are not up wait for room in the cluster."""
+        starting = [slot for slot in self.slots.values() if slot.phase in ("waiting", "starting")]
+        if not starting or time.monotonic() < self._room_due:
+            return
+        waiting, why = await asyncio.to_thread(self._manager.waiting, [slot.number for slot in starting])
+        self._room_due = time.monotonic() + (_ROOM_INTERVAL_S if waiting else _INTERVAL_S)
+        for slot in starting:
+            if slot.phase == "starting" and slot.number in waiting:
+                slot.phase, slot.detail = "waiting", why or "waits for room in the cluster"
+                _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, why)
+            elif slot.phase == "waiting" and slot.number not in waiting:
+                slot.phase, slot.detail = "starting", ""
+
+    async def _want(self, replicas: int, group: int) -> None:
+        self._record.replicas[group] = replicas
+        await self._save()
+        self._changed.set()
+
+    async def _save(self) -> None:
+        async with self._saving:  # the last to be written is the latest
+            await asyncio.to_thread(save_record, self._config.name, msgspec.json.encode(self._record))
+
+    # How many, by the work
+
+    def _begin_scaling(self) -> None:
+        scaling = [group.autoscaling for group in self._config.engines if group.autoscaling is not None]
+        self._autoscaler = Autoscaler(scaling[0]) if scaling else None
+
+    async def _autoscale(self) -> None:
+        if self._autoscaler is None:
+            return
+        group = next(index for index, each in enumerate(self._config.engines) if each.autoscaling is not None)
+        engine = self._config.engines[group].engine.model_dump_json()
+        loads = self._loads()
+        outstanding = sum(loads.get(slot.number, 0) for slot in self.slots.values() if slot.engine == engine)
+        outstanding += sum(report.statistics.waiting_tokens for report in self._clients.reports())
+        replicas = self._record.replicas[group]
+        decided = self._autoscaler.decide(time.monotonic(), outstanding, replicas)
+        if decided != replicas:
+            _log.info("%s: %d to %d actors for %d tokens", self._config.name, replicas, decided, outstanding)
+            await self._want(decided, group)
+
+    def _loads(self) -> dict[int, int]:
+        loads: dict[int, int] = {}
+        for report in self._clients.reports():
+            for slot in report.statistics.slots:
+                loads[slot.slot] = loads.get(slot.slot, 0) + slot.outstanding_tokens
+        return loads
+
+    # One actor
+
+    def _watch_over(self, slot: Slot) -> None:
+        self.slots[slot.number] = slot
+        slot.task = self._own(self._tend(slot))
+
+    async def _tend(self, slot: Slot) -> None:
+        """Have a slot's engine started, and its actor replaced when it is not well."""
+        num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
+        while True:
+            try:
+                info = slot.info = _decode_info(await slot.actor.describe.remote())
+            except ray.exceptions.ActorDiedError as error:
+                words = str(error).strip().partition("\n")[0]
+                if slot.info is None:
+                    await self._give_up(slot, f"its actor is gone: {words}")
+                else:  # somebody has ended it for good
+                    self._retire_soon(slot)
+                return
+            except ray.exceptions.RayActorError:
+                deaths = await asyncio.to_thread(_num_restarts, slot.actor) - num_restarts
+                if deaths > _MAX_START_FAILURES:
+                    await self._give_up(slot, f"its process died {deaths} times in a row before the engine was up")
+                    return
+                await asyncio.sleep(0.2)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                try:
+                    failures = await slot.actor.start_failures.remote()
+                except ray.exceptions.RayActorError:
+                    continue
+                slot.detail = failures[-1] if failures else str(error.cause)
+                if len(failures) >= _MAX_START_FAILURES:
+                    await self._give_up(slot, slot.detail)
+                    return
+                await asyncio.sleep(min(2.0 ** len(failures), _MAX_BACKOFF_S))
+                continue
+            num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
+            slot.phase, slot.detail = "up", ""
+            self._changed.set()
+            if not await self._is_well(slot):
+                self._manager.replace(slot.number, info.pid)
+            slot.phase = "starting"
+
+    async def _is_well(self, slot: Slot) -> bool:
+        """Return True when its process has ended, and False when it has to."""
+        num_unhealthy = 0
+        while num_unhealthy < _MAX_UNHEALTHY:
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+            try:
+                async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                    await slot.actor.check_health.remote()
+            except ray.exceptions.RayActorError:
+                return True
+            except (TimeoutError, ray.exceptions.RayTaskError) as error:
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                if isinstance(cause, UpstreamError):  # another actor would meet the same server
+                    continue
+                num_unhealthy += 1
+                _log.warning("slot %d is not well (%d): %s", slot.number, num_unhealthy, cause or "no answer")
+            else:
+                num_unhealthy = 0
+        return False
+
+    async def _give_up(self, slot: Slot, words: str) -> None:
+        """End an actor whose engine does not start: what it holds is free for others, and its words stay."""
+        _log.error("slot %d of %s is given up: %s", slot.number, self._config.name, words)
+        slot.phase, slot.detail = "failed", words
+        self._changed.set()
+        await self._clients.seen(self._clients.publish())
+        await self._manager.remove(slot.number)
+
+    async def _retire(self, slot: Slot) -> None:
+        if slot.phase == "draining":
+            return
+        if slot.number not in self._record.draining:
+            self._record.draining.append(slot.number)
+            await self._save()
+        self._retire_soon(slot)
+
+    def _retire_soon(self, slot: Slot) -> None:
+        if slot.task is not None and slot.task is not asyncio.current_task():
+            slot.task.cancel()
+        works = slot.phase not in ("waiting", "failed")
+        slot.phase, slot.detail = "draining", ""
+        self._changed.set()
+        slot.task = self._own(self._see_off(slot, works=works))
+
+    async def _see_off(self, slot: Slot, *, works: bool) -> None:
+        """End an actor when it has done what it has, or when its time is over."""
+        _log.info("slot %d of %s is drained", slot.number, self._config.name)
+        version = self._clients.publish()
+        if works:
+            try:
+                async with asyncio.timeout(self._config.drain_timeout_s):
+                    await self._clients.seen(version)
+                    while self._is_busy(slot):
+                        await self._clients.heard()
+            except TimeoutError:
+                _log.warning("slot %d of %s is still busy: what it has moves", slot.number, self._config.name)
+        del self.slots[slot.number]
+        await self._clients.seen(self._clients.publish())
+        if slot.number in self._manager.actors:
+            await self._manager.remove(slot.number)
+        self._record.forget(slot.number)
+        await self._save()
+        self._changed.set()
+
+    def _is_busy(self, slot: Slot) -> bool:
+        return any(
+            seen.slot == slot.number and seen.num_running
+            for report in self._clients.reports()
+            for seen in report.statistics.slots
+        )
+
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._disown)
+        return task
+
+    def _disown(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            task.get_loop().call_exception_handler({"message": "a fleet broke", "exception": error})
+
+
+def _num_restarts(actor: Any) -> int:
+    return int(state.actors(actor._actor_id.hex())["NumRestarts"])

@@ -1,0 +1,267 @@
+"""What an operator does with a cluster that serves: look, scale, drain, end. The verbs of the command line call these."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import ray
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raylm.actors.manager import NAMESPACE
+from raylm.actors.manager_actor import end, find, served_models, told
+from raylm.actors.sessions import connect_store
+from raylm.config import ModelConfig
+from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError
+from raylm.statistics import ModelState, SlotStatistics
+
+_ANSWER_TIMEOUT_S = 30.0
+_LOOK_INTERVAL_S = 0.5
+
+_COLORS = {"up": "green", "failed": "red", "down": "red", "suspected": "yellow"}
+
+_BAR = 12
+"""Width of the load of a slot, in characters."""
+
+_decode_state = msgspec.msgpack.Decoder(ModelState).decode
+
+
+async def states() -> list[ModelState]:
+    """Return what each model that is served on this cluster does.
+
+    Raises:
+        NoActorError: a manager does not answer.
+    """
+    return list(await asyncio.gather(*(_state(model) for model in sorted(await asyncio.to_thread(served_models)))))
+
+
+async def _state(model: str) -> ModelState:
+    manager = await asyncio.to_thread(find, model)
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            config = ModelConfig.model_validate_json(await told(manager.start.remote()))
+            state = _decode_state(await told(manager.state.remote()))
+            store = connect_store(config.sessions, await told(manager.sessions.remote()), f"raylm:{model}:")
+            try:
+                state.num_sessions = await store.num_sessions()
+            finally:
+                await store.aclose()
+    except TimeoutError:
+        raise NoActorError(
+            f"the manager of {model} does not answer within {_ANSWER_TIMEOUT_S:g} s; its actors may still be starting",
+            retry_after_s=_ANSWER_TIMEOUT_S,
+        ) from None
+    return state
+
+
+async def settled(models: Collection[str]) -> None:
+    """Return when each of these models has the actors that are wanted, all of them up, and no others.
+
+    Raises:
+        EngineStartError: one does not start; the text says why.
+        NoActorError: a manager does not answer.
+    """
+    while True:
+        found = [await _state(model) for model in models]
+        for model in found:
+            for slot in model.slots:
+                if slot.state == "failed":
+                    raise EngineStartError(f"slot {slot.slot} of {model.name} did not start: {slot.detail}")
+        if all([slot.state for slot in model.slots] == ["up"] * model.num_wanted for model in found):
+            return
+        await asyncio.sleep(_LOOK_INTERVAL_S)
+
+
+async def scale(model: str, replicas: int, group: int | None = None) -> None:
+    """Have a model consist of so many actors; returns at once.
+
+    Args:
+        model: A model that is served.
+        replicas: How many there are to be, 0 or more.
+        group: Which of its groups of actors, as they are in its configuration, from 0; None where there is one.
+
+    Raises:
+        ModelNotFoundError: no model of that name is served on this cluster.
+        InvalidRequestError: that cannot be.
+    """
+    manager = await asyncio.to_thread(find, model)
+    await told(manager.scale.remote(replicas, group))
+
+
+async def drain(model: str, slot: int) -> None:
+    """Have the actor of a slot finish what it has, and replaced by another; returns at once.
+
+    Raises:
+        ModelNotFoundError: no model of that name is served on this cluster.
+        InvalidRequestError: there is no such slot.
+    """
+    manager = await asyncio.to_thread(find, model)
+    await told(manager.drain.remote(slot))
+
+
+async def down(models: Collection[str] = ()) -> list[str]:
+    """End models with their actors, or everything of raylm on this cluster. Return what has ended.
+
+    What belongs to others on the cluster stays, and so does what batches have on disk.
+
+    Args:
+        models: Which ones; empty: all, and the gateways and what runs batches too.
+
+    Raises:
+        ModelNotFoundError: one is not served on this cluster. None has ended then.
+    """
+    if models:
+        for model in models:
+            await asyncio.to_thread(find, model)
+        await asyncio.gather(*(end(model) for model in models))
+        return sorted(models)
+    ended = []
+    if await asyncio.to_thread(_end_application):
+        ended.append("the gateways")
+    served = sorted(await asyncio.to_thread(served_models))
+    await asyncio.gather(*(end(model) for model in served))
+    ended += served
+    for actor in await asyncio.to_thread(_left):
+        ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
+        ended.append(f"actor {actor}")
+    return ended
+
+
+def _end_application() -> bool:
+    from ray import serve
+
+    from raylm.serve.run import APP, serve_runs
+
+    if not serve_runs():
+        return False
+    applications = serve.status().applications
+    if APP in applications:
+        serve.delete(APP)
+    if set(applications) <= {APP}:
+        serve.shutdown()
+    return APP in applications
+
+
+def _left() -> list[str]:
+    return [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE
+    ]
+
+
+async def actor_of(model: str, slot: int) -> str:
+    """Return the id of the actor in a slot, or of the last one that was there.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or no such slot of it.
+    """
+    for found in (await _state(model)).slots:
+        if found.slot == slot:
+            return found.actor
+    raise ModelNotFoundError(f"{model} has no slot {slot}; `raylm status` shows those that there are")
+
+
+def log_lines(actor: str, *, num_lines: int, follow: bool) -> Iterator[str]:
+    """Yield what an actor's process has written, and with `follow` what it goes on to write.
+
+    Raises:
+        NoActorError: Ray's dashboard, which knows where logs are, does not run, or knows none of that actor.
+    """
+    from ray.util.state import get_log
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        yield from get_log(actor_id=actor, suffix="err", tail=num_lines, follow=follow, timeout=86_400)
+    except (RayStateApiException, ConnectionError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise NoActorError(
+            f"no log of actor {actor}: {reason}. Logs come from Ray's dashboard: `ray start --head` starts it"
+        ) from error
+
+
+class Rates:
+    """Tokens per second of each slot, from one look to the next."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def of(self, model: str, slot: SlotStatistics) -> float | None:
+        """Return the rate since the last look; None at the first one."""
+        if slot.engine is None:
+            return None
+        now, key = time.monotonic(), (model, slot.actor)
+        before = self._seen.get(key)
+        self._seen[key] = now, slot.engine.num_tokens
+        if before is None or now <= before[0]:
+            return None
+        return max(0, slot.engine.num_tokens - before[1]) / (now - before[0])
+
+
+def table(models: Sequence[ModelState], rates: Rates | None = None) -> RenderableType:
+    """Return the state of the models for people.
+
+    Args:
+        models: What `states` has returned.
+        rates: With them each slot has a column of its tokens per second.
+    """
+    if not models:
+        return Text("nothing is served on this cluster; raylm up CONFIG starts something")
+    return Group(*(_model(model, rates) for model in models))
+
+
+def _model(model: ModelState, rates: Rates | None) -> RenderableType:
+    slots = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in (("slot", "right"), ("state", "left"), ("node", "left"), ("GPU", "left"), ("load", "left")):
+        slots.add_column(name, justify=justify)  # type: ignore[arg-type]
+    slots.add_column("tokens due", justify="right")
+    if rates is not None:
+        slots.add_column("tok/s", justify="right")
+    slots.add_column("lost", justify="right")
+    slots.add_column("", overflow="fold", style="dim")
+    total = 0.0
+    for slot in model.slots:
+        cells: list[Any] = [
+            str(slot.slot),
+            Text(slot.state, _COLORS.get(slot.state, "")),
+            slot.node,
+            ",".join(map(str, slot.gpus)),
+            _bar(slot.num_running, slot.capacity),
+            f"{slot.outstanding_tokens:,}",
+        ]
+        if rates is not None:
+            rate = rates.of(model.name, slot)
+            total += rate or 0
+            cells.append("" if rate is None else f"{rate:,.0f}")
+        slots.add_row(*cells, str(slot.num_deaths or ""), slot.detail or _where(slot))
+    num_up = sum(slot.state == "up" for slot in model.slots)
+    head = Text.assemble((model.name, "bold"), f"  {num_up} of {model.num_wanted} up")
+    if rates is not None:
+        head.append(f"  {total:,.0f} tok/s")
+    for number, words in (
+        (model.num_running, "running"),
+        (model.num_waiting, "waiting"),
+        (model.num_sessions, "sessions"),
+        (model.num_finished, "answered"),
+        (model.num_moved, "moved"),
+        (model.num_failed, "failed"),
+    ):
+        head.append(f"  {number:,} {words}")
+    parts: list[RenderableType] = [head, slots if model.slots else Text("no actors", "dim")]
+    if model.failures:
+        last = model.failures[-1]
+        parts.append(Text(f"last failure: {last.type}: {last.message}", "red"))
+    return Group(*parts, "")
+
+
+def _where(slot: SlotStatistics) -> str:
+    engine = "simulated" if slot.device == "clock" else slot.device
+    return f"{engine}, pid {slot.pid}" if slot.pid is not None else ""
+
+
+def _bar(running: int, capacity: int) -> Text:
+    filled = round(_BAR * min(1, running / capacity)) if capacity else 0
+    return Text.assemble(("█" * filled, "green"), ("░" * (_BAR - filled), "dim"), f" {running}/{capacity}")

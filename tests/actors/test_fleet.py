@@ -1,0 +1,317 @@
+"""The actors of a served model: scaled, updated, drained and given up, on real processes and under load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import pytest
+import ray
+from ray._private import state
+
+from raylm.actors.manager_actor import end, find, serve, told
+from raylm.config import ModelConfig
+from raylm.errors import InvalidRequestError, RaylmError
+from raylm.messages import Completion, Message, Request
+from raylm.served import ServedPool
+from raylm.statistics import ModelState, SlotStatistics
+from tests.conftest import ask
+
+SIMULATED = {"kind": "simulated", "tokens_per_s": 100}
+BROKEN = {"kind": "openvino", "path": "/nowhere/model.gguf"}
+
+NAME = "fleet"
+
+
+def config(*engines: dict[str, Any], **settings: Any) -> ModelConfig:
+    """Return the settings of the model."""
+    return ModelConfig.model_validate({"name": NAME, "engines": engines, **settings})
+
+
+class Served:
+    """A model that is served, and a pool on it."""
+
+    def __init__(self, pool: ServedPool) -> None:
+        self.pool = pool
+        self.manager = find(NAME)
+
+    async def state(self) -> ModelState:
+        """Return what its manager says."""
+        state = msgspec.msgpack.decode(await told(self.manager.state.remote()), type=ModelState)
+        assert isinstance(state, ModelState)
+        return state
+
+    async def slots(self, condition: Callable[[list[SlotStatistics]], object]) -> list[SlotStatistics]:
+        """Return its slots as soon as they are as they should be, here and at the manager."""
+        async with asyncio.timeout(60):
+            while True:
+                slots = (await self.state()).slots
+                if condition(slots) and [slot.slot for slot in slots] == self.pool.pool.slots:
+                    return slots
+                await asyncio.sleep(0.05)
+
+    async def are_up(self, num_slots: int) -> list[SlotStatistics]:
+        """Wait until there are so many slots, all of them up."""
+        return await self.slots(lambda slots: [slot.state for slot in slots] == ["up"] * num_slots)
+
+    async def scale(self, replicas: int) -> None:
+        """Have so many actors."""
+        await told(self.manager.scale.remote(replicas, None))
+
+    async def update(self, *engines: dict[str, Any]) -> None:
+        """Have other engines."""
+        await told(self.manager.update.remote(config(*engines).model_dump_json()))
+
+    async def text(self, request: Request) -> str:
+        """Return the answer to a request that nothing happens to."""
+        return (await self.pool.pool.generate(request)).text
+
+
+class Load:
+    """Requests without a pause, each checked when it ends."""
+
+    def __init__(self, served: Served, num_workers: int = 16) -> None:
+        self.answers: list[Completion | RaylmError] = []
+        self._served = served
+        self._tasks = [asyncio.create_task(self._work(worker)) for worker in range(num_workers)]
+        self._ending = False
+
+    async def _work(self, worker: int) -> None:
+        number = 0
+        while not self._ending:
+            request = ask(f"worker {worker} request {number}", 30)
+            try:
+                answer = await self._served.pool.pool.generate(request, timeout_s=60)
+            except RaylmError as error:
+                self.answers.append(error)
+                raise
+            self.answers.append(answer)
+            number += 1
+
+    async def over(self) -> list[Completion]:
+        """Let the requests end, and return their answers: all of them, and whole."""
+        self._ending = True
+        await asyncio.gather(*self._tasks)
+        completions = [answer for answer in self.answers if isinstance(answer, Completion)]
+        assert completions
+        assert {completion.usage.completion_tokens for completion in completions} == {30}
+        assert len({completion.request_id for completion in completions}) == len(completions)
+        return completions
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve_model(cluster: str) -> AsyncIterator[Serve]:
+    """Serves the model, and ends it after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*engines: dict[str, Any], **settings: Any) -> Served:
+            stack.push_async_callback(end, NAME)
+            await serve(config(*engines, **settings))
+            served = Served(await stack.enter_async_context(await ServedPool.open(NAME)))
+            await served.pool.ready()
+            return served
+
+        yield start
+    left = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert [name for name in left if name.startswith(f"{NAME}:")] == []
+
+
+async def test_scale_under_load(serve_model: Serve) -> None:
+    """1, 4, none, 2 actors: every request is answered, those that come while there is none too."""
+    served = await serve_model(SIMULATED)
+    load = Load(served)
+    await served.scale(4)
+    await served.are_up(4)
+    await served.scale(0)
+    await served.are_up(0)
+    assert served.pool.pool.statistics().num_running == 0
+    await served.scale(2)
+    await served.are_up(2)
+    completions = await load.over()
+    assert {completion.receipt.attempts for completion in completions} == {1}
+
+
+async def test_update_under_load(serve_model: Serve) -> None:
+    """The engines are replaced one by one, and no request notices."""
+    served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 2})
+    load = Load(served)
+    fewest = 2
+    await served.update({**SIMULATED, "model_name": "new", "replicas": 2})
+
+    def watch(slots: list[SlotStatistics]) -> bool:
+        nonlocal fewest
+        fewest = min(fewest, sum(slot.state == "up" for slot in slots))
+        return [(slot.state, slot.model) for slot in slots] == [("up", "new")] * 2
+
+    slots = await served.slots(watch)
+    assert fewest == 2
+    assert [slot.slot for slot in slots] == [2, 3]
+    completions = await load.over()
+    assert {completion.receipt.attempts for completion in completions} == {1}
+    assert {completion.receipt.model for completion in completions} == {"old", "new"}
+
+
+async def test_update_that_does_not_start(serve_model: Serve) -> None:
+    """The old engines go on, the state has the new one's own words, and the old settings bring it back to order."""
+    served = await serve_model({**SIMULATED, "replicas": 2})
+    load = Load(served)
+    await served.update({**BROKEN, "replicas": 2})
+    slots = await served.slots(lambda slots: [slot.state for slot in slots] == ["up", "up", "failed"])
+    assert "/nowhere/model.gguf" in slots[2].detail
+    await served.update({**SIMULATED, "replicas": 2})
+    slots = await served.are_up(2)
+    assert [slot.slot for slot in slots] == [0, 1]
+    await load.over()
+
+
+async def test_a_drained_slot_finishes_what_it_has(serve_model: Serve) -> None:
+    """A stream that runs there ends there, while a new actor takes its place."""
+    served = await serve_model(SIMULATED)
+    async with served.pool.pool.stream(ask("a long one", 200)) as stream:
+        await anext(stream)
+        await told(served.manager.drain.remote(0))
+        completion = await stream.completion()
+    assert (completion.receipt.slot, completion.receipt.attempts) == (0, 1)
+    slots = await served.are_up(1)
+    assert slots[0].slot == 1
+
+
+async def test_what_is_not_done_in_time_moves(serve_model: Serve) -> None:
+    """When the bound is over, a stream goes on at another actor, and its text is what it would have been."""
+    served = await serve_model({**SIMULATED, "replicas": 2}, drain_timeout_s=0.5)
+    undisturbed = await served.text(ask("a long one", 200))
+    async with served.pool.pool.stream(ask("a long one", 200)) as stream:
+        await anext(stream)
+        slot = stream.slot
+        await told(served.manager.drain.remote(slot))
+        completion = await stream.completion()
+    assert completion.text == undisturbed
+    assert completion.receipt.slot != slot
+    assert (completion.receipt.why, completion.receipt.attempts) == ("moved:drained", 2)
+
+
+async def test_sessions_of_a_drained_slot(serve_model: Serve) -> None:
+    """A session goes on elsewhere with its transcript; those of other slots stay."""
+    served = await serve_model({**SIMULATED, "replicas": 2})
+
+    async def turn(session: str, words: str, *, start: bool) -> Completion:
+        make = lambda messages: msgspec.structs.replace(ask(words), prompt=None, messages=messages)  # noqa: E731
+        message = (Message("user", words),)
+        async with served.pool.conversations.turn(session, message, make, start=start, end=False) as stream:
+            return await stream.completion()
+
+    first = {session: await turn(session, "hello", start=True) for session in ("a", "b", "c", "d")}
+    drained = first["a"].receipt.slot
+    await told(served.manager.drain.remote(drained))
+    await served.slots(lambda slots: drained not in [slot.slot for slot in slots])
+    for session, before in first.items():
+        after = await turn(session, "again", start=False)
+        if before.receipt.slot == drained:
+            assert after.receipt.why == "moved:drained"
+        else:
+            assert (after.receipt.slot, after.receipt.why) == (before.receipt.slot, "pinned")
+        messages = (await served.pool.conversations.load(session)).messages
+        assert [message.content for message in messages[::2]] == ["hello", "again"]
+
+
+async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
+    """The next process takes the same actors over, and goes on with the update."""
+    served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 3})
+    load = Load(served)
+    await served.update({**SIMULATED, "model_name": "new", "replicas": 3})
+    await served.slots(lambda slots: any(slot.slot == 3 for slot in slots))
+    os.kill(await _pid(served.manager), signal.SIGKILL)
+
+    async def done() -> bool:
+        try:
+            slots = (await served.state()).slots
+        except RaylmError:
+            return False
+        return [(slot.state, slot.model) for slot in slots] == [("up", "new")] * 3
+
+    async with asyncio.timeout(60):
+        while not await done():
+            await asyncio.sleep(0.1)
+    slots = await served.are_up(3)
+    assert [slot.slot for slot in slots] == [3, 4, 5]
+    completions = await load.over()
+    assert {completion.receipt.attempts for completion in completions} == {1}
+
+
+async def test_scales_by_the_work(serve_model: Serve) -> None:
+    """From none to the most there may be while there is work, and back when it is done."""
+    scaling = {
+        "min_replicas": 0,
+        "max_replicas": 3,
+        "target_outstanding_tokens": 50,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 1,
+    }
+    served = await serve_model({**SIMULATED, "autoscaling": scaling})
+    assert (await served.state()).slots == []
+    load = Load(served)
+    await served.are_up(3)
+    completions = await load.over()
+    assert {completion.receipt.attempts for completion in completions} == {1}
+    await served.are_up(0)
+    answer = await served.pool.pool.generate(ask("after a while"), timeout_s=30)
+    assert answer.usage.completion_tokens == 20
+
+
+async def test_an_engine_that_does_not_start(serve_model: Serve) -> None:
+    """It is given up after some attempts with its own words, what it held is free, and a drain tries again."""
+    served = await serve_model(SIMULATED)
+    await served.update({**BROKEN, "replicas": 1}, SIMULATED)
+    slots = await served.slots(lambda slots: sorted(slot.state for slot in slots) == ["failed", "up"])
+    failed = next(slot for slot in slots if slot.state == "failed")
+    assert "/nowhere/model.gguf" in failed.detail
+    assert await served.text(ask("still there")) != ""
+    await told(served.manager.drain.remote(failed.slot))
+    slots = await served.slots(lambda slots: sorted(slot.state for slot in slots) == ["failed", "up"] and slots)
+    assert max(slot.slot for slot in slots) > failed.slot
+
+
+async def test_an_actor_that_is_ended_for_good(serve_model: Serve) -> None:
+    """Another one takes its place."""
+    served = await serve_model(SIMULATED)
+    ray.kill(ray.get_actor(f"{NAME}:slot-0", namespace="raylm"), no_restart=True)
+    slots = await served.slots(lambda slots: [(slot.slot, slot.state) for slot in slots] == [(1, "up")])
+    assert slots
+    assert await served.text(ask("hello")) != ""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("scale", -1, None), "replicas: must be 0 or more, got -1"),
+        (("scale", 1, 1), "group: fleet has 1, numbered from 0; got 1"),
+        (("drain", 7), "slot: fleet has no slot 7; there are: 0"),
+    ],
+)
+async def test_wrong_wishes(serve_model: Serve, call: tuple[Any, ...], message: str) -> None:
+    """What cannot be is refused by name, and changes nothing."""
+    served = await serve_model(SIMULATED)
+    name, *arguments = call
+    with pytest.raises(InvalidRequestError, match=message):
+        await told(getattr(served.manager, name).remote(*arguments))
+    await served.are_up(1)
+
+
+async def test_sessions_cannot_be_changed_in_service(serve_model: Serve) -> None:
+    """Settings that an update cannot bring about are refused."""
+    served = await serve_model(SIMULATED)
+    with pytest.raises(InvalidRequestError, match="sessions: "):
+        await told(served.manager.update.remote(config(SIMULATED, sessions={"ttl_s": 1}).model_dump_json()))
+
+
+async def _pid(actor: Any) -> int:
+    """Return the process of an actor."""
+    return int((await asyncio.to_thread(state.actors, actor._actor_id.hex()))["Pid"])

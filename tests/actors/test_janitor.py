@@ -1,0 +1,72 @@
+"""What escapes its actor does not stay, on real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from raylm.actors.janitor import Memory, sweep
+
+_OWNER = """
+import subprocess, sys, time
+from raylm.actors.janitor import mark
+mark()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def family() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A process that bears the name of an owner, and one that it has started and will not take along."""
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = psutil.Process(int(owner.stdout.readline()))
+    yield owner, child
+    for process in (owner, child):
+        if process.pid != os.getpid() and psutil.pid_exists(process.pid):
+            process.kill()
+    owner.wait()
+
+
+def test_an_orphan_is_ended(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
+    """What a killed owner has left is killed."""
+    owner, child = family
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert child.is_running()
+    assert child.pid in sweep()
+    child.wait(10)
+
+
+def test_a_child_is_not(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
+    """What has a living owner stays, and so does the owner."""
+    owner, child = family
+    assert child.pid not in sweep()
+    assert child.is_running()
+    assert owner.poll() is None
+
+
+def test_the_name_of_another(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
+    """A process with the owner's number that began at another time is not the owner."""
+    owner, _ = family
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": f"{owner.pid}:1.00"}
+    )
+    assert orphan.pid in sweep()
+    assert orphan.wait(10) == -signal.SIGKILL
+
+
+def test_a_gpu_in_use() -> None:
+    """A GPU is free with a little of its memory in use, and its description names who has more."""
+    assert Memory(0, 2**30, 80 * 2**30).is_free
+    taken = Memory(3, 40 * 2**30, 80 * 2**30, (17,))
+    assert not taken.is_free
+    assert str(taken) == "40.0 of 80.0 GiB of GPU 3 are in use by processes 17"
