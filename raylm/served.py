@@ -85,6 +85,13 @@ class ServedPool:
         """
         await asyncio.gather(*self.pool.settled())
 
+    @property
+    def answers(self) -> bool:
+        """Whether requests get answers: some slot is up, or the model has none until there is work."""
+        scales_to_none = any(group.autoscaling and not group.autoscaling.min_replicas for group in self.config.engines)
+        pool = self.pool
+        return pool.num_up > 0 or not pool.slots or (scales_to_none and pool.can_work)
+
     async def state(self) -> ModelState:
         """Return what all pools of the model do.
 

@@ -322,8 +322,8 @@ class Gateway:
     # The state of things
 
     async def health(self) -> Response:
-        """Say whether every model has an actor."""
-        down = [name for name, served in self._served.items() if not served.pool.num_up]
+        """Say whether every model has an actor, or gets one when there is work."""
+        down = [name for name, served in self._served.items() if not served.answers]
         if down:
             raise NoActorError(f"no actor is up for {', '.join(down)}", retry_after_s=_RETRY_AFTER_S)
         return JSON(Health())

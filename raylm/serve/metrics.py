@@ -24,6 +24,7 @@ _GAUGES = {
     "num_running": ("requests_running", "Requests at actors."),
     "num_sessions": ("sessions", "Sessions remembered."),
     "num_clients": ("pools", "Gateways and other clients."),
+    "num_wanted": ("slots_wanted", "Slots that there should be."),
 }
 _HISTOGRAMS = {
     "first_token_s": ("first_token_seconds", "From a request's arrival to its first token."),

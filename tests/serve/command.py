@@ -51,6 +51,11 @@ class ServeCommand:
         self.log = log
         self._asked_to_end = False
 
+    @property
+    def cluster(self) -> str:
+        """Address of its Ray cluster, which it has said."""
+        return self.log.read_text().rpartition("Ray cluster ")[2].split()[0]
+
     def get(self, path: str, **rest: Any) -> requests.Response:
         """Send a GET request."""
         return requests.get(self.url + path, timeout=60, **rest)

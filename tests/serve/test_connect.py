@@ -25,10 +25,8 @@ except raylm.errors.ModelNotFoundError as error:
 @pytest.fixture(scope="module")
 def printed(simulated_endpoint: ServeCommand) -> list[str]:
     """What the program prints, line by line."""
-    cluster = simulated_endpoint.log.read_text().rpartition("Ray cluster ")[2].split()[0]
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, cluster], capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", PROGRAM, simulated_endpoint.cluster]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 

@@ -34,6 +34,7 @@ class SlotView {
   #numbers = element("span", { class: "numbers" });
   #place = element("span");
   #deaths = element("span", { class: "deaths" });
+  #detail = element("p", { class: "detail" });
   #swatch = element("i", { class: "swatch" });
 
   constructor({ slot }) {
@@ -52,6 +53,7 @@ class SlotView {
       ),
       element("p", { class: "load" }, this.#load, this.#numbers),
       element("p", { class: "place" }, this.#place, this.#deaths),
+      this.#detail,
     );
   }
 
@@ -62,6 +64,8 @@ class SlotView {
     setText(this.#device, isSimulated(slot) ? "simulated" : slot.device);
     this.#device.title = isSimulated(slot) ? "A clock, not a model" : slot.device;
     this.#device.classList.toggle("simulated", isSimulated(slot));
+    setText(this.#detail, slot.detail ?? "");
+    this.#detail.hidden = !slot.detail;
     setText(this.#rate, `${rate.toFixed(1)} tok/s`);
     this.#load.max = Math.max(1, slot.capacity);
     this.#load.value = slot.num_running;
