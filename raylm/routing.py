@@ -13,6 +13,7 @@ rules, in order:
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Set
 from heapq import heapify, heappop, heappush
@@ -94,6 +95,7 @@ class Router:
         self._slots: dict[int, _Slot] = {}
         self._max_pins = max_pins
         self._reserved = reserve
+        self._incarnations = itertools.count(1)
         self._num_spacious = 0  # slots with room for requests in no hurry
         # In order of use, the least recent first. A plain dict would take ever longer to find its first key.
         self._pins: OrderedDict[str, int] = OrderedDict()
@@ -110,7 +112,7 @@ class Router:
         kept = max(1, int(capacity * self._reserved)) if self._reserved and capacity > 1 else 0
         slot.limit = capacity - kept
         slot.running = slot.load = slot.num_trials = 0
-        slot.incarnation += 1
+        slot.incarnation = next(self._incarnations)
         self._changed(number, slot)
 
     def down(self, number: int) -> None:
@@ -118,7 +120,7 @@ class Router:
         slot = self._slots[number]
         slot.up = False
         slot.running = slot.load = slot.num_trials = 0
-        slot.incarnation += 1
+        slot.incarnation = next(self._incarnations)
         self._changed(number, slot)
 
     def suspend(self, number: int, *, suspended: bool) -> None:
@@ -134,7 +136,7 @@ class Router:
         self._changed(number, slot)
 
     def remove(self, number: int) -> None:
-        """Forget a slot whose reservations have all been released."""
+        """Forget a slot. Its reservations are void; sessions pinned to it move when they next ask."""
         slot = self._slots.pop(number, None)
         if slot is not None and slot.spacious:
             self._num_spacious -= 1
@@ -230,12 +232,12 @@ class Router:
         return self._reserve(found, self._slots[found], tokens, why, trial=trial is not None)
 
     def release(self, reservation: Reservation) -> None:
-        """Give room back. A second call, or one after the slot went down, changes nothing."""
+        """Give room back. A second call, or one after the slot went down or was removed, changes nothing."""
         if reservation.released:
             return
         reservation.released = True
-        slot = self._slots[reservation.slot]
-        if slot.incarnation != reservation.incarnation:
+        slot = self._slots.get(reservation.slot)
+        if slot is None or slot.incarnation != reservation.incarnation:
             return
         slot.running -= 1
         slot.load -= reservation.tokens
@@ -247,8 +249,8 @@ class Router:
         """End a request's trial: it keeps its room and another one under suspicion may come."""
         if reservation.trial and not reservation.released:
             reservation.trial = False
-            slot = self._slots[reservation.slot]
-            if slot.incarnation == reservation.incarnation:
+            slot = self._slots.get(reservation.slot)
+            if slot is not None and slot.incarnation == reservation.incarnation:
                 slot.num_trials -= 1
 
     def _reserve(self, number: int, slot: _Slot, tokens: int, why: str, *, trial: bool) -> Reservation:

@@ -20,7 +20,7 @@ LAYERS = [
     {"routing", "stream", "link", "pool", "conversation", "served"},
     {"chatbot"},
     {"api", "batch", "data", "serve"},
-    {"cli", "demo", "compat"},
+    {"cli", "demo", "compat", "operate"},
 ]
 """A module imports from its own layer and the ones above it in this list, never from one below."""
 

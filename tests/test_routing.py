@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from raylm.routing import LEAST_LOADED, MOVED_DIED, PINNED, Reservation, Router
+from raylm.routing import LEAST_LOADED, MOVED_DIED, MOVED_DRAINED, PINNED, Reservation, Router
 
 SLOTS = st.integers(0, 4)
 SESSIONS = st.sampled_from(["a", "b", "c"])
@@ -18,6 +18,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.router = Router(max_pins=2)
         self.capacity: dict[int, int] = {}  # of slots that are up
         self.known: set[int] = set()
+        self.draining: set[int] = set()
         self.held: list[Reservation] = []  # in slots that have been up ever since
         self.void: list[Reservation] = []
 
@@ -26,7 +27,8 @@ class RouterMachine(RuleBasedStateMachine):
         self.router.up(slot, capacity)
         self.known.add(slot)
         self.forget(slot)
-        self.capacity[slot] = capacity
+        if slot not in self.draining:
+            self.capacity[slot] = capacity
 
     @rule(slot=SLOTS)
     def down(self, slot: int) -> None:
@@ -34,6 +36,21 @@ class RouterMachine(RuleBasedStateMachine):
             self.router.down(slot)
             self.forget(slot)
             self.capacity.pop(slot, None)
+
+    @rule(slot=SLOTS)
+    def drain(self, slot: int) -> None:
+        self.router.drain(slot)
+        self.known.add(slot)
+        self.draining.add(slot)
+        self.capacity.pop(slot, None)
+
+    @rule(slot=SLOTS)
+    def remove(self, slot: int) -> None:
+        self.router.remove(slot)
+        self.forget(slot)
+        self.known.discard(slot)
+        self.draining.discard(slot)
+        self.capacity.pop(slot, None)
 
     @rule(
         tokens=st.integers(0, 100),
@@ -58,7 +75,7 @@ class RouterMachine(RuleBasedStateMachine):
             if found is not None:
                 assert found.slot in allowed
                 assert loads[found.slot] == min(loads[slot] for slot in allowed)
-                assert found.why in {LEAST_LOADED, MOVED_DIED}
+                assert found.why in {LEAST_LOADED, MOVED_DIED, MOVED_DRAINED}
         if found is not None:
             self.held.append(found)
             if session is not None:
@@ -157,3 +174,44 @@ def test_a_suspended_slot_takes_nothing_new() -> None:
     assert router.load(0) == 5
     router.suspend(0, suspended=False)
     assert router.choose(1) is not None
+
+
+def test_sessions_of_a_drained_slot_move() -> None:
+    """A session whose slot is drained goes elsewhere, also when the slot is gone, and is told why."""
+    router = Router()
+    for number in (0, 1, 2):
+        router.up(number, 4)
+    router.pin("a", 0)
+    router.pin("b", 1)
+    router.drain(0)
+    router.remove(1)
+    for session in ("a", "b"):
+        found = router.choose(1, session)
+        assert found is not None
+        assert (found.slot, found.why) == (2, MOVED_DRAINED)
+
+
+def test_a_drained_slot_keeps_what_it_has() -> None:
+    """A reservation there is released as ever, and takes nothing from a later slot of that number."""
+    router = Router()
+    router.up(0, 1)
+    found = router.choose(7)
+    assert found is not None
+    router.drain(0)
+    assert router.load(0) == 7
+    assert router.choose(1) is None
+    router.remove(0)
+    router.up(0, 1)
+    router.release(found)
+    assert router.running(0) == 0
+    assert router.choose(1) is not None
+
+
+def test_no_slot_at_all() -> None:
+    """A session that begins while there is none is pinned to the first one that comes."""
+    router = Router()
+    router.pin("a", router.candidate())
+    router.up(5, 1)
+    found = router.choose(1, "a")
+    assert found is not None
+    assert (found.slot, found.why) == (5, LEAST_LOADED)

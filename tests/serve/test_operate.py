@@ -1,0 +1,228 @@
+"""What an operator does on a cluster that runs: `raylm up`, `status`, `top`, `logs`, `scale`, `drain`, `down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from raylm.ports import free_port, holder
+
+ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
+
+_RAYLM = [sys.executable, "-c", "from raylm.cli import main; main()"]
+_TIMEOUT_S = 120.0
+
+
+class Cluster:
+    """A Ray cluster that lasts, as `ray start` makes one, and the command line on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+        self._config = folder / "serve.yaml"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
+        command += [f"--port={self.address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1"]
+        command += [f"--temp-dir={folder}", f"--object-store-memory={100 * 2**20}", f"--dashboard-port={free_port()}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+        command += ["--disable-usage-stats"]
+        self.log = folder / "start.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
+        self._wait(lambda: not self.run("status").returncode)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a verb to its end."""
+        return subprocess.run(
+            [*_RAYLM, *arguments, f"--address={self.address}"],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=self.environment,
+        )
+
+    def told(self, *arguments: str) -> str:
+        """Run a verb that is to succeed; return what it prints."""
+        result = self.run(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def up(self, *engines: dict[str, Any]) -> None:
+        """Have a model consist of these engines."""
+        self._config.write_text(yaml.safe_dump({"models": [{"name": "sim", "engines": list(engines)}]}))
+        self.told("up", str(self._config), f"--port={self.port}")
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Return the model's slots."""
+        (model,) = json.loads(self.told("status", "--json"))
+        slots: list[dict[str, Any]] = model["slots"]
+        return slots
+
+    def are_up(self, *numbers: int) -> None:
+        """Wait until the model has these slots, all of them up."""
+        self._wait(lambda: [(slot["slot"], slot["state"]) for slot in self.slots()] == [(n, "up") for n in numbers])
+
+    def generate(self, words: str) -> dict[str, Any]:
+        """Ask the model over HTTP."""
+        body = {"inputs": words, "temperature": 0, "max_new_tokens": 40}
+        response = requests.post(f"http://127.0.0.1:{self.port}/generate", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def close(self) -> None:
+        """End all of it."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        for process in alive:
+            process.kill()
+
+    def _wait(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()[-2000:]
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster on which nothing of raylm runs."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # sockets take short names
+        found = Cluster(Path(folder))
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def served(cluster: Cluster) -> Iterator[Cluster]:
+    """The model on it, with two actors in new slots."""
+    cluster.up({**ENGINE, "replicas": 2})
+    yield cluster
+    cluster.told("down")
+
+
+def test_what_is_up_stays(served: Cluster) -> None:
+    """The model goes on when `up` has ended, and answers over HTTP."""
+    assert served.generate("one two three")["text"] != ""
+    assert [slot["state"] for slot in served.slots()] == ["up", "up"]
+
+
+def test_status(served: Cluster) -> None:
+    """It has a line for each slot, with what it is and does."""
+    text = served.told("status")
+    assert "sim  2 of 2 up" in text
+    assert text.count("simulated, pid") == 2
+
+
+def test_scale_and_drain(served: Cluster) -> None:
+    """More actors get new slots, a drained one is replaced by a new one, and fewer are fewer."""
+    served.told("scale", "sim", "3")
+    served.are_up(0, 1, 2)
+    served.told("drain", "sim", "1")
+    served.are_up(0, 2, 3)
+    served.told("scale", "sim", "1")
+    served._wait(lambda: len(served.slots()) == 1)
+    assert served.generate("still there")["text"] != ""
+
+
+def test_update_over_http(served: Cluster) -> None:
+    """`up` with other settings replaces actors and gateways, and no request is lost."""
+    over = threading.Event()
+
+    def ask(worker: int) -> list[str]:
+        answers = []
+        while not over.is_set():
+            answers.append(served.generate(f"worker {worker} request {len(answers)}")["raylm"]["model"])
+        return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, worker) for worker in range(8)]
+        try:
+            served.up({**ENGINE, "model_name": "second", "replicas": 2})
+        finally:
+            over.set()
+        answers = [each.result() for each in asking]
+    assert {model for each in answers for model in each} >= {"first"}
+    assert served.generate("after")["raylm"]["model"] == "second"
+    assert {slot["model"] for slot in served.slots()} == {"second"}
+
+
+def test_logs(served: Cluster) -> None:
+    """The log of an actor's process can be read, and a slot that is not there is named."""
+    served.told("logs", "sim", "0")
+    result = served.run("logs", "sim", "9")
+    assert result.returncode == 2
+    assert "sim has no slot 9" in result.stderr
+
+
+def test_top(served: Cluster) -> None:
+    """It shows rates, again and again, until Ctrl-C."""
+    with subprocess.Popen(
+        [*_RAYLM, "top", "--interval=0.2", f"--address={served.address}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=served.environment,
+    ) as process:
+        assert process.stdout is not None
+        shown = ""
+        while "tok/s" not in shown or "simulated" not in shown:
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert "2 of 2 up" in shown
+
+
+def test_down_leaves_nothing(cluster: Cluster) -> None:
+    """No actor of raylm or Serve, and no port, is left; the cluster is."""
+    cluster.up(ENGINE)
+    before = [slot["pid"] for slot in cluster.slots()]
+    assert "sim" in cluster.run("down").stderr
+    cluster._wait(lambda: not any(map(psutil.pid_exists, before)))
+    cluster._wait(lambda: holder(cluster.port) == "")
+    titles = [" ".join(each.cmdline()) for each in psutil.Process(cluster.process.pid).children(recursive=True)]
+    assert [title for title in titles if title.startswith("ray::") and "IDLE" not in title] == []
+    assert "nothing is served on this cluster" in cluster.told("status")
+    assert "nothing was served" in cluster.run("down").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("scale", "other", "1"), ("drain", "other", "0"), ("logs", "other", "0"), ("down", "other")]
+)
+def test_a_model_that_is_not_served(served: Cluster, arguments: tuple[str, ...]) -> None:
+    """Each verb says which ones there are."""
+    result = served.run(*arguments)
+    assert result.returncode == 2
+    assert "no model 'other' is served on this cluster; served are: sim" in result.stderr
+
+
+def test_no_cluster() -> None:
+    """Verbs for a cluster start none: they say how one is started."""
+    result = subprocess.run(
+        [*_RAYLM, "status", f"--address=127.0.0.1:{free_port()}"],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 3
+    assert "no Ray cluster answers at" in result.stderr
