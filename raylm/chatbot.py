@@ -116,7 +116,7 @@ class AsyncChatbot:
             EngineStartError: an engine did not start; the text says what to do.
         """
         if not ray.is_initialized():
-            self._owns_ray = await asyncio.to_thread(connect, self._address)
+            self._owns_ray = await asyncio.to_thread(connect, self._address) is not None
         try:
             self._engines = tuple(self._place())
             self._manager = await PoolManager.start(
@@ -474,7 +474,7 @@ class AsyncServedModel(AsyncChatbot):
             EngineStartError: an engine does not start; the text says what to do.
         """
         if not ray.is_initialized():
-            self._owns_ray = await asyncio.to_thread(connect, self._address)
+            self._owns_ray = await asyncio.to_thread(connect, self._address) is not None
         try:
             self._served = await ServedPool.open(self._model)
             await self._served.ready()
@@ -506,7 +506,7 @@ class Chatbot:
     def _start(self, chatbot: AsyncChatbot) -> None:
         self._chatbot = chatbot
         # Here and not in the loop's thread: Ray sets its signal handlers only in the main one.
-        chatbot._owns_ray = connect(chatbot._address)
+        chatbot._owns_ray = connect(chatbot._address) is not None
         self._loop = LoopThread()
         try:
             self._loop.run(chatbot.start())

@@ -593,11 +593,11 @@ def up(
         endpoint.connect(start=False)
         with _console.status(f"starting {', '.join(names)}"):
             endpoint.start(update=True)
-            asyncio.run(settled(names))
+            asyncio.run(settled(settings.models))
         others = sorted(set(served_models()) - set(names))
     _say(f"serving {', '.join(names)} at {endpoint.url}")
     if others:
-        _say(f"also served, though not in {config}: {', '.join(others)}; raylm down NAME ends one", "yellow")
+        _say(f"not in {config}, and about to end unless somebody else uses it: {', '.join(others)}", "yellow")
 
 
 @app.command(epilog=_OPERATE_CODES)
@@ -619,17 +619,21 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     address: _Address = None,
 ) -> None:
-    """Watch the actors at work, until Ctrl-C."""
+    """Watch the actors at work, until Ctrl-C. Without a terminal it prints one look after another."""
     from rich.live import Live
 
     from raylm.operate import Rates, states, table
 
     async def watch() -> None:
         rates = Rates()
-        with Live(table(await states(), rates), console=screen, screen=screen.is_terminal, auto_refresh=False) as live:
+        with Live(console=screen, screen=True, auto_refresh=False) if screen.is_terminal else nullcontext() as live:
             while True:
+                shown = table(await states(), rates)
+                if live is None:
+                    screen.print(shown)
+                else:
+                    live.update(shown, refresh=True)
                 await asyncio.sleep(interval)
-                live.update(table(await states(), rates), refresh=True)
 
     screen = Console(file=sys.stdout, highlight=False)
     with _joined(address), suppress(KeyboardInterrupt):
@@ -691,19 +695,12 @@ def drain(
 
 
 @app.command(epilog=_OPERATE_CODES)
-def down(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="End these alone; else all of raylm.", show_default=False),
-    ] = None,
-    *,
-    address: _Address = None,
-) -> None:
+def down(*, address: _Address = None) -> None:
     """End what raylm serves on a cluster, and leave nothing of it there. The cluster goes on."""
     from raylm.operate import down as end_all
 
     with _joined(address), _console.status("ending"):
-        ended = asyncio.run(end_all(models or ()))
+        ended = asyncio.run(end_all())
     _say(f"ended: {', '.join(ended)}" if ended else "nothing was served on this cluster")
 
 

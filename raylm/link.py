@@ -70,6 +70,9 @@ class Link:
             try:
                 info = _decode_info(await self.actor.describe.remote())
             except ray.exceptions.ActorDiedError as error:
+                if self.pool.guided:
+                    self.state = "down"
+                    return
                 self.fail(EngineStartError(f"the actor of slot {self.number} is gone: {first_line(error)}"))
                 return
             except ray.exceptions.RayActorError:
@@ -78,7 +81,7 @@ class Link:
             except ray.exceptions.RayTaskError as error:
                 cause = unwrap(error)
                 num_failures += 1
-                if num_failures >= _MAX_START_FAILURES or not self.settled.done():
+                if not self.pool.guided and (num_failures >= _MAX_START_FAILURES or not self.settled.done()):
                     self.fail(cause)
                 _log.warning("slot %d did not start (%d): %s", self.number, num_failures, cause)
                 await asyncio.sleep(min(2.0**num_failures, _MAX_BACKOFF_S))

@@ -1,10 +1,10 @@
-"""What an operator does with a cluster that serves: look, scale, drain, end. The verbs of the command line call these."""
+"""What an operator does with a cluster that serves: look, scale, drain, end. Verbs of the command line call these."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,15 +13,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raylm.actors.manager import NAMESPACE
+from raylm.actors.manager import NAMESPACE, SERVED_PLACEMENT_TIMEOUT_S
 from raylm.actors.manager_actor import end, find, served_models, told
 from raylm.actors.sessions import connect_store
 from raylm.config import ModelConfig
-from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError
+from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError, PlacementError, RaylmError
 from raylm.statistics import ModelState, SlotStatistics
 
 _ANSWER_TIMEOUT_S = 30.0
 _LOOK_INTERVAL_S = 0.5
+
+_LONGEST_LOG_S = 7 * 24 * 3600
 
 _COLORS = {"up": "green", "failed": "red", "down": "red", "suspected": "yellow"}
 
@@ -32,18 +34,14 @@ _decode_state = msgspec.msgpack.Decoder(ModelState).decode
 
 
 async def states() -> list[ModelState]:
-    """Return what each model that is served on this cluster does.
-
-    Raises:
-        NoActorError: a manager does not answer.
-    """
+    """Return what each model that is served on this cluster does. One whose manager does not answer has a `problem`."""
     return list(await asyncio.gather(*(_state(model) for model in sorted(await asyncio.to_thread(served_models)))))
 
 
 async def _state(model: str) -> ModelState:
-    manager = await asyncio.to_thread(find, model)
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            manager = await asyncio.to_thread(find, model)
             config = ModelConfig.model_validate_json(await told(manager.start.remote()))
             state = _decode_state(await told(manager.state.remote()))
             store = connect_store(config.sessions, await told(manager.sessions.remote()), f"raylm:{model}:")
@@ -52,28 +50,39 @@ async def _state(model: str) -> ModelState:
             finally:
                 await store.aclose()
     except TimeoutError:
-        raise NoActorError(
-            f"the manager of {model} does not answer within {_ANSWER_TIMEOUT_S:g} s; its actors may still be starting",
-            retry_after_s=_ANSWER_TIMEOUT_S,
-        ) from None
+        return ModelState(
+            name=model,
+            problem=f"its manager does not answer within {_ANSWER_TIMEOUT_S:g} s; its actors may wait for room, see "
+            "`raylm plan`",
+        )
+    except RaylmError as error:
+        return ModelState(name=model, problem=str(error))
     return state
 
 
-async def settled(models: Collection[str]) -> None:
+async def settled(models: Iterable[ModelConfig]) -> None:
     """Return when each of these models has the actors that are wanted, all of them up, and no others.
 
     Raises:
         EngineStartError: one does not start; the text says why.
-        NoActorError: a manager does not answer.
+        PlacementError: one has had no room for as long as its configuration allows.
     """
-    while True:
-        found = [await _state(model) for model in models]
-        for model in found:
-            for slot in model.slots:
+    left = {model.name: model.pool.placement_timeout_s or SERVED_PLACEMENT_TIMEOUT_S for model in models}
+    began_at = time.monotonic()
+    while left:
+        for state in await asyncio.gather(*map(_state, left)):
+            if not state.problem and [slot.state for slot in state.slots] == ["up"] * state.num_wanted:
+                del left[state.name]
+                continue
+            for slot in state.slots:
                 if slot.state == "failed":
-                    raise EngineStartError(f"slot {slot.slot} of {model.name} did not start: {slot.detail}")
-        if all([slot.state for slot in model.slots] == ["up"] * model.num_wanted for model in found):
-            return
+                    raise EngineStartError(
+                        f"slot {slot.slot} of {state.name} did not start: {slot.detail}. `raylm logs {state.name} "
+                        f"{slot.slot}` has its log; when that is mended, `raylm drain {state.name} {slot.slot}` has it "
+                        "tried again"
+                    )
+                if slot.state == "waiting" and time.monotonic() - began_at > left[state.name]:
+                    raise PlacementError(f"slot {slot.slot} of {state.name} has no room: {slot.detail}")
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
@@ -104,22 +113,12 @@ async def drain(model: str, slot: int) -> None:
     await told(manager.drain.remote(slot))
 
 
-async def down(models: Collection[str] = ()) -> list[str]:
-    """End models with their actors, or everything of raylm on this cluster. Return what has ended.
+async def down() -> list[str]:
+    """End everything of raylm on this cluster: gateways, batches, models with their actors. Return what has ended.
 
-    What belongs to others on the cluster stays, and so does what batches have on disk.
-
-    Args:
-        models: Which ones; empty: all, and the gateways and what runs batches too.
-
-    Raises:
-        ModelNotFoundError: one is not served on this cluster. None has ended then.
+    Streams have as long as gateways that are replaced give them. What belongs to others on the cluster stays, and so
+    does what batches have on disk.
     """
-    if models:
-        for model in models:
-            await asyncio.to_thread(find, model)
-        await asyncio.gather(*(end(model) for model in models))
-        return sorted(models)
     ended = []
     if await asyncio.to_thread(_end_application):
         ended.append("the gateways")
@@ -159,7 +158,11 @@ async def actor_of(model: str, slot: int) -> str:
     Raises:
         ModelNotFoundError: there is no such model, or no such slot of it.
     """
-    for found in (await _state(model)).slots:
+    await asyncio.to_thread(find, model)
+    state = await _state(model)
+    if state.problem:
+        raise NoActorError(f"{model}: {state.problem}")
+    for found in state.slots:
         if found.slot == slot:
             return found.actor
     raise ModelNotFoundError(f"{model} has no slot {slot}; `raylm status` shows those that there are")
@@ -175,7 +178,8 @@ def log_lines(actor: str, *, num_lines: int, follow: bool) -> Iterator[str]:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        yield from get_log(actor_id=actor, suffix="err", tail=num_lines, follow=follow, timeout=86_400)
+        address = ray.get_runtime_context().gcs_address
+        yield from get_log(address, actor_id=actor, suffix="err", tail=num_lines, follow=follow, timeout=_LONGEST_LOG_S)
     except (RayStateApiException, ConnectionError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NoActorError(
@@ -214,6 +218,8 @@ def table(models: Sequence[ModelState], rates: Rates | None = None) -> Renderabl
 
 
 def _model(model: ModelState, rates: Rates | None) -> RenderableType:
+    if model.problem:
+        return Text.assemble((model.name, "bold"), (f"  {model.problem}\n", "red"))
     slots = Table(box=None, pad_edge=False, header_style="dim")
     for name, justify in (("slot", "right"), ("state", "left"), ("node", "left"), ("GPU", "left"), ("load", "left")):
         slots.add_column(name, justify=justify)  # type: ignore[arg-type]

@@ -126,13 +126,22 @@ class Pool:
         config: Limits and bounds.
         replace: Called with a slot's number and its actor's process when that fails a health check. It ends the
             process; where the actor is restarted, the pool finds the new one by itself.
+        guided: Somebody else attaches, drains, detaches and fails slots as their actors come and go. Requests wait for
+            that whatever happens to an actor.
     """
 
-    def __init__(self, config: PoolConfig | None = None, replace: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: PoolConfig | None = None,
+        replace: Callable[[int, int], None] | None = None,
+        *,
+        guided: bool = False,
+    ) -> None:
         self.config = config or PoolConfig()
         self.loop = asyncio.get_running_loop()
         self.pool_id = uuid.uuid4().hex[:12]
         self.router = Router(self.config.max_pins, self.config.interactive_reserve)
+        self.guided = guided
         self._replace = replace
         self._links: dict[int, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,6 +156,7 @@ class Pool:
         self._first_tokens: deque[float] = deque(maxlen=_HISTORY)  # seconds
         self._first_token_timeout_s = self.config.first_token_timeout_s
         self._last_start_error: RaylmError | None = None
+        self._hopeless = False  # no slot will ever be up
         self._num_finished = self._num_failed = self._num_aborted = self._num_tokens = self._num_attempts = 0
         self._moves: Counter[str] = Counter()
         self._failures: deque[FailedRequest] = deque(maxlen=MAX_FAILURES)
@@ -179,6 +189,7 @@ class Pool:
             return known.settled
         link = self._links[number] = Link(self, number, actor)
         link.task = self._own(link.run())
+        self._look_for_hope()
         return link.settled
 
     def drain(self, number: int) -> None:
@@ -187,15 +198,19 @@ class Pool:
         if not link.draining:
             link.draining = True
             self.router.drain(number)
+            self._look_for_hope()
             self._dispatch_soon()
 
     def fail(self, number: int, error: RaylmError) -> None:
         """Take note that the engine of a slot does not start, and is not tried again."""
         link = self._links[number]
+        if link.state == "failed":
+            return
         if link.task is not None:
             link.task.cancel()
-        if link.state != "failed":
-            link.fail(error)
+        if link.state in {"up", "suspected"}:
+            link.lost(str(error), died=False)
+        link.fail(error)
 
     def detach(self, number: int) -> None:
         """Let go of a slot whose actor is about to end. What runs there moves to another, and goes on."""
@@ -216,6 +231,8 @@ class Pool:
         self.router.remove(number)
         if not link.settled.done():
             link.settled.set_result(None)
+        self._look_for_hope()
+        self._dispatch_soon()
 
     @property
     def slots(self) -> list[int]:
@@ -283,7 +300,7 @@ class Pool:
                 self._dispatch()  # of many that come in one loop tick, only those that find no room wait
             if self._num_waiting >= limit and not self.router.has_room():
                 raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
-        if self._all_failed():
+        if self._hopeless:
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
         stream = Stream(self, request, lane, session_id)
         if timeout_s is not None:
@@ -463,7 +480,7 @@ class Pool:
 
         A pool without slots waits for some.
         """
-        return not self._closed and not self._all_failed()
+        return not self._closed and not self._hopeless
 
     @property
     def max_context(self) -> int | None:
@@ -699,6 +716,7 @@ class Pool:
         if link.info is None:
             raise AssertionError("unreachable: a slot comes up with its description")
         self.router.up(link.number, link.info.engine.capacity)
+        self._hopeless = False
         self._dispatch_soon()
 
     def _slot_down(self, link: Link, why: str, *, died: bool) -> None:
@@ -732,12 +750,16 @@ class Pool:
                 self._queue_of(stream).append(stream)
         self._dispatch_soon()
 
-    def _all_failed(self) -> bool:
-        return bool(self._links) and all(link.state == "failed" for link in self._links.values())
-
     def _slot_failed(self, error: RaylmError) -> None:
         self._last_start_error = error
-        if self._all_failed():
+        self._look_for_hope()
+
+    def _look_for_hope(self) -> None:
+        """Find out whether any slot may ever be up; fail what waits when none will."""
+        staying = [link for link in self._links.values() if not link.draining]
+        self._hopeless = bool(staying) and all(link.state == "failed" for link in staying)
+        if self._hopeless:
+            error = self._last_start_error
             for stream in self._waiting():
                 self._settle(stream, error=NoActorError(f"no engine could be started; the last one said: {error}"))
 

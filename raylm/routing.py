@@ -4,8 +4,8 @@ Choosing and reserving are one step, so two requests can never be promised the s
 rules, in order:
 
 1.  A pinned session goes to its slot, and waits for it while the slot is up but full.
-2.  Everything else, and a session whose slot is down or gone, goes to the least loaded slot that is up and has room. Load is
-    the number of outstanding tokens; among equals, the slot with the fewest pinned sessions.
+2.  Everything else, and a session whose slot is down or gone, goes to the least loaded slot that is up and has room.
+    Load is the number of outstanding tokens; among equals, the slot with the fewest pinned sessions.
 3.  A session that had to leave its slot is pinned to the new one. No other session moves.
 4.  A slot takes no more than a given number of requests under suspicion (`trial`) at a time.
 5.  Requests that are in no hurry (`spare`) leave a share of each slot's room to those that are.

@@ -71,7 +71,7 @@ class ServedPool:
         def replace(slot: int, pid: int) -> None:
             served._own(served._replace(slot, pid))
 
-        pool = Pool(config.pool, replace=replace)
+        pool = Pool(config.pool, replace=replace, guided=True)
         served = cls(manager, config, pool, connect_store(config.sessions, store, f"raylm:{model}:"))
         await served._watch_once()
         served._own(served._watch())

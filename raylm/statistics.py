@@ -147,6 +147,7 @@ class ModelState(msgspec.Struct, kw_only=True):
 
     Attributes:
         name: The model's.
+        problem: Why nothing else is known of it; empty when it is.
         num_clients: Pools that use it now.
         num_sessions: Sessions that its store remembers.
         num_wanted: Slots that there should be.
@@ -156,6 +157,7 @@ class ModelState(msgspec.Struct, kw_only=True):
     """
 
     name: str
+    problem: str = ""
     num_clients: int = 0
     num_sessions: int = 0
     num_wanted: int = 0

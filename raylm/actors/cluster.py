@@ -12,12 +12,16 @@ import ray
 from ray._private.authentication import authentication_token_setup
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.experimental import internal_kv
 
 from raylm.actors.placement import Node
 from raylm.errors import PlacementError
 
 _OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
 _CONNECT_TIMEOUT_S = 5.0
+
+_KEPT = b"raylm"
+"""Namespace in Ray's own key-value store, which is private to Ray (2.60); Serve keeps its state there too."""
 
 _COUNTED = frozenset({"CPU", "GPU"})
 _BUILTIN = _COUNTED | {"memory", "object_store_memory"}
@@ -70,6 +74,22 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def remember(key: str, value: bytes) -> None:
+    """Keep something for as long as the cluster lasts. Blocks for some milliseconds."""
+    internal_kv._internal_kv_put(key.encode(), value, overwrite=True, namespace=_KEPT)
+
+
+def remembered(key: str) -> bytes | None:
+    """Return what was kept under a key, by whatever process; None if nothing was. Blocks for some milliseconds."""
+    found: bytes | None = internal_kv._internal_kv_get(key.encode(), namespace=_KEPT)
+    return found
+
+
+def forget(key: str) -> None:
+    """Keep it no longer. Blocks for some milliseconds."""
+    internal_kv._internal_kv_del(key.encode(), namespace=_KEPT)
 
 
 def nodes() -> list[Node]:

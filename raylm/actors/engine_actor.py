@@ -26,7 +26,15 @@ from raylm.actors.janitor import SWEEP_S, gpus_free, mark, sweep
 from raylm.config import EngineConfig
 from raylm.engines import build
 from raylm.engines.lmdeploy_worker import PLACEMENT_GROUP_VARIABLE
-from raylm.errors import ActorLostError, EngineError, ErrorMessage, NoActorError, RaylmError, to_message
+from raylm.errors import (
+    ActorLostError,
+    EngineError,
+    EngineStartError,
+    ErrorMessage,
+    NoActorError,
+    RaylmError,
+    to_message,
+)
 from raylm.messages import Delta, EngineInfo, EngineStatistics, Request
 
 HEARTBEAT_S = 5.0
@@ -326,11 +334,12 @@ class EngineActor:
             if self._on_gpus:
                 await gpus_free(_whole_gpus())
             info = await self._engine.start()
-        except RaylmError as error:
-            self._start_failures.append(error)
+        except Exception as error:  # the border to libraries: whatever it is, it is told as a failure
+            known = error if isinstance(error, RaylmError) else EngineStartError(f"{type(error).__name__}: {error}")
+            self._start_failures.append(known)
             self._start_again_at = time.monotonic() + min(_MAX_BACKOFF_S, 2.0 ** (len(self._start_failures) - 1))
             self._starting = None
-            raise
+            raise known from error
         self._start_failures = []
         return info
 

@@ -20,13 +20,13 @@ import ray
 import ray.exceptions
 from pydantic import TypeAdapter
 from ray._private import state
-from ray.experimental import internal_kv
 
+from raylm.actors.cluster import forget, remember, remembered
 from raylm.actors.engine_actor import ActorInfo
 from raylm.actors.lifecycle import Autoscaler, Member, Phase, steps
-from raylm.actors.manager import NAMESPACE, PoolManager
+from raylm.actors.manager import PoolManager
 from raylm.config import EngineConfig, ModelConfig
-from raylm.errors import InvalidRequestError, UpstreamError
+from raylm.errors import InvalidRequestError, PlacementError, UpstreamError
 from raylm.statistics import PoolReport, SlotStatistics
 
 _INTERVAL_S = 1.0
@@ -46,6 +46,9 @@ _MAX_START_FAILURES = 3
 
 _MAX_BACKOFF_S = 60.0
 
+_RETURN_S = 10.0
+"""After a manager's restart nothing is changed for so long: its actors say again how they are, and pools come back."""
+
 _log = logging.getLogger(__name__)
 _engine_config: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
 _decode_info = msgspec.msgpack.Decoder(ActorInfo).decode
@@ -57,6 +60,7 @@ class Record(msgspec.Struct):
     Attributes:
         manager: Id of the manager's actor: another one begins anew.
         config: What is wanted, a `ModelConfig` as JSON.
+        as_of: When that was said, in nanoseconds since 1970. What was said before is outdated.
         replicas: How many actors each of its groups is to have.
         next_slot: Number of the next new slot.
         engines: Settings of the engine of each slot that there is, as JSON.
@@ -65,6 +69,7 @@ class Record(msgspec.Struct):
 
     manager: str
     config: str
+    as_of: int
     replicas: list[int]
     next_slot: int = 0
     engines: dict[int, str] = {}
@@ -101,23 +106,23 @@ class Record(msgspec.Struct):
 
 def load_record(model: str, manager: str) -> Record | None:
     """Return what an earlier process of this manager has left; None when it is the first one. Blocks."""
-    found = internal_kv._internal_kv_get(_key(model), namespace=NAMESPACE.encode())
+    found = remembered(_key(model))
     record = None if found is None else msgspec.json.decode(found, type=Record)
     return record if record is not None and record.manager == manager else None
 
 
 def save_record(model: str, record: bytes) -> None:
     """Keep a `Record`, as JSON. Blocks."""
-    internal_kv._internal_kv_put(_key(model), record, overwrite=True, namespace=NAMESPACE.encode())
+    remember(_key(model), record)
 
 
 def delete_record(model: str) -> None:
     """Forget a record. Blocks."""
-    internal_kv._internal_kv_del(_key(model), namespace=NAMESPACE.encode())
+    forget(_key(model))
 
 
-def _key(model: str) -> bytes:
-    return f"model:{model}".encode()
+def _key(model: str) -> str:
+    return f"model:{model}"
 
 
 class Clients(Protocol):
@@ -149,7 +154,9 @@ class Slot:
         actor: Its handle.
         phase: Where it is in its life.
         detail: Why it is not up, for people.
+        may_fit: While it waits for room: it would have some if others made it.
         info: What it last said of itself.
+        tending: Watches over it until it is drained.
     """
 
     def __init__(self, number: int, engine: str, actor: Any) -> None:
@@ -158,8 +165,9 @@ class Slot:
         self.actor = actor
         self.phase: Phase = "starting"
         self.detail = ""
+        self.may_fit = False
         self.info: ActorInfo | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.tending: asyncio.Task[None] | None = None
 
     def statistics(self, seen: SlotStatistics | None) -> SlotStatistics:
         """Return its figures.
@@ -184,9 +192,10 @@ class Slot:
             gpus=info.gpus if info else [],
             engine=None,
         )
-        if self.phase in ("waiting", "failed", "draining"):
-            told = msgspec.structs.replace(told, state=self.phase)
-        return msgspec.structs.replace(told, detail=self.detail or told.detail, actor=self.actor._actor_id.hex())
+        # Pools know best how one is that is up, and may know of it first. The others they see through their own
+        # failures to reach it.
+        state = told.state if self.phase == "up" or (self.phase == "starting" and told.state == "up") else self.phase
+        return msgspec.structs.replace(told, state=state, detail=self.detail, actor=self.actor._actor_id.hex())
 
 
 class Fleet:
@@ -196,9 +205,10 @@ class Fleet:
         record: What is wanted, and the slots that there are.
         manager: Has created them.
         clients: The pools that use them.
+        taken_over: An earlier process has begun all this.
     """
 
-    def __init__(self, record: Record, manager: PoolManager, clients: Clients) -> None:
+    def __init__(self, record: Record, manager: PoolManager, clients: Clients, *, taken_over: bool) -> None:
         self.slots: dict[int, Slot] = {}
         self._record = record
         self._config = ModelConfig.model_validate_json(record.config)
@@ -211,10 +221,13 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._begin_scaling()
         for number, engine in record.engines.items():
-            self._watch_over(Slot(number, engine, manager.actors[number]))
-        for number in record.draining:
-            self._retire_soon(self.slots[number])
-        self._own(self._keep())
+            slot = Slot(number, engine, manager.actors[number])
+            if number in record.draining:
+                slot.phase = "draining"
+                self.slots[number] = slot
+            else:
+                self._watch_over(slot)
+        self._own(self._keep(_RETURN_S if taken_over else 0))
 
     @property
     def num_wanted(self) -> int:
@@ -248,12 +261,18 @@ class Fleet:
             )
         await self._want(replicas, group)
 
-    async def update(self, config: ModelConfig) -> None:
+    async def update(self, config: ModelConfig, as_of: int) -> None:
         """Have all actors replaced, one by one, whose engines are not those of a new configuration.
+
+        Args:
+            config: What is wanted.
+            as_of: See `Record`. Nothing happens when something later is in force.
 
         Raises:
             InvalidRequestError: it changes what cannot be changed in service.
         """
+        if as_of <= self._record.as_of:
+            return
         if config.sessions != self._config.sessions:
             raise InvalidRequestError(
                 f"sessions: those of {config.name} are kept as they were begun; end the model first to change that"
@@ -266,7 +285,7 @@ class Fleet:
                 replicas.append(min(max(now, bounds.min_replicas), bounds.max_replicas))
             else:
                 replicas.append(group.replicas)
-        self._record.config, self._record.replicas = config.model_dump_json(), replicas
+        self._record.config, self._record.replicas, self._record.as_of = config.model_dump_json(), replicas, as_of
         self._config = config
         self._begin_scaling()
         await self._save()
@@ -282,7 +301,7 @@ class Fleet:
         if slot is None:
             there_are = ", ".join(map(str, sorted(self.slots))) or "none"
             raise InvalidRequestError(f"slot: {self._config.name} has no slot {number}; there are: {there_are}")
-        await self._retire(slot)
+        self._retire(slot)
 
     def replace(self, number: int, pid: int) -> None:
         """Have the process of a slot ended, and started anew; see `PoolManager.replace`."""
@@ -300,14 +319,17 @@ class Fleet:
 
     # What is wanted
 
-    async def _keep(self) -> None:
+    async def _keep(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
+            self._own(self._see_off(slot, works=True))
         while True:
             self._changed.clear()
             try:
                 await self._autoscale()
                 await self._step()
-            except ray.exceptions.RayError as error:
-                _log.warning("the actors of %s stay as they are for now: %s", self._config.name, error)
+            except Exception:  # noqa: BLE001 - whatever went wrong, it must go on to look after the actors
+                _log.exception("the actors of %s stay as they are for now", self._config.name)
             try:
                 async with asyncio.timeout(_INTERVAL_S):
                     await self._changed.wait()
@@ -318,17 +340,21 @@ class Fleet:
         """Do what brings the actors closer to those that are wanted."""
         await self._look_for_room()
         loads = self._loads()
-        todo = steps(
-            self._record.wanted(),
-            [Member(slot.number, slot.engine, slot.phase, loads.get(slot.number, 0)) for slot in self.slots.values()],
-        )
+        serving = {
+            slot.slot for report in self._clients.reports() for slot in report.statistics.slots if slot.state == "up"
+        }
+        members = []
+        for slot in self.slots.values():
+            phase = "up" if slot.phase == "starting" and slot.number in serving else slot.phase
+            members.append(Member(slot.number, slot.engine, phase, loads.get(slot.number, 0), slot.may_fit))
+        todo = steps(self._record.wanted(), members)
         for number in todo.drain:
-            await self._retire(self.slots[number])
+            self._retire(self.slots[number])
         if todo.create:
             numbers = self._record.number(todo.create)
-            await self._save()
             _log.info("%s gets slots %s", self._config.name, numbers)
             try:
+                await self._save()
                 configs = self._record.configs()
                 await self._manager.add({number: configs[number] for number in numbers})
             finally:
@@ -345,12 +371,13 @@ class Fleet:
         starting = [slot for slot in self.slots.values() if slot.phase in ("waiting", "starting")]
         if not starting or time.monotonic() < self._room_due:
             return
-        waiting, why = await asyncio.to_thread(self._manager.waiting, [slot.number for slot in starting])
+        waiting = await asyncio.to_thread(self._manager.waiting, [slot.number for slot in starting])
         self._room_due = time.monotonic() + (_ROOM_INTERVAL_S if waiting else _INTERVAL_S)
         for slot in starting:
             if slot.phase == "starting" and slot.number in waiting:
-                slot.phase, slot.detail = "waiting", why or "waits for room in the cluster"
-                _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, why)
+                slot.phase = "waiting"
+                slot.detail, slot.may_fit = waiting[slot.number]
+                _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, slot.detail)
             elif slot.phase == "waiting" and slot.number not in waiting:
                 slot.phase, slot.detail = "starting", ""
 
@@ -373,9 +400,13 @@ class Fleet:
         if self._autoscaler is None:
             return
         group = next(index for index, each in enumerate(self._config.engines) if each.autoscaling is not None)
-        engine = self._config.engines[group].engine.model_dump_json()
+        others = {each.engine.model_dump_json() for index, each in enumerate(self._config.engines) if index != group}
         loads = self._loads()
-        outstanding = sum(loads.get(slot.number, 0) for slot in self.slots.values() if slot.engine == engine)
+        outstanding = sum(
+            loads.get(slot.number, 0)
+            for slot in self.slots.values()
+            if slot.engine not in others and slot.phase != "draining"
+        )
         outstanding += sum(report.statistics.waiting_tokens for report in self._clients.reports())
         replicas = self._record.replicas[group]
         decided = self._autoscaler.decide(time.monotonic(), outstanding, replicas)
@@ -394,38 +425,40 @@ class Fleet:
 
     def _watch_over(self, slot: Slot) -> None:
         self.slots[slot.number] = slot
-        slot.task = self._own(self._tend(slot))
+        slot.tending = self._own(self._tend(slot))
 
     async def _tend(self, slot: Slot) -> None:
         """Have a slot's engine started, and its actor replaced when it is not well."""
         num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
         while True:
             try:
+                await slot.actor.__ray_ready__.remote()
+                await asyncio.to_thread(self._manager.check_group, slot.number)
                 info = slot.info = _decode_info(await slot.actor.describe.remote())
             except ray.exceptions.ActorDiedError as error:
-                words = str(error).strip().partition("\n")[0]
                 if slot.info is None:
-                    await self._give_up(slot, f"its actor is gone: {words}")
+                    await self._give_up(slot, f"its actor is gone: {_first_line(error)}")
                 else:  # somebody has ended it for good
-                    self._retire_soon(slot)
+                    self._retire(slot)
                 return
-            except ray.exceptions.RayActorError:
-                deaths = await asyncio.to_thread(_num_restarts, slot.actor) - num_restarts
-                if deaths > _MAX_START_FAILURES:
-                    await self._give_up(slot, f"its process died {deaths} times in a row before the engine was up")
-                    return
-                await asyncio.sleep(0.2)
-                continue
+            except PlacementError as error:
+                await self._give_up(slot, str(error))
+                return
             except ray.exceptions.RayTaskError as error:
-                try:
-                    failures = await slot.actor.start_failures.remote()
-                except ray.exceptions.RayActorError:
-                    continue
-                slot.detail = failures[-1] if failures else str(error.cause)
+                failures = await self._start_failures(slot) or [_first_line(error)]
+                slot.detail = failures[-1]
                 if len(failures) >= _MAX_START_FAILURES:
                     await self._give_up(slot, slot.detail)
                     return
-                await asyncio.sleep(min(2.0 ** len(failures), _MAX_BACKOFF_S))
+                await asyncio.sleep(min(2.0 ** (len(failures) - 1), _MAX_BACKOFF_S))
+                continue
+            except ray.exceptions.RayError as error:
+                slot.detail = _first_line(error)
+                deaths = await asyncio.to_thread(_num_restarts, slot.actor) - num_restarts
+                if deaths > _MAX_START_FAILURES:  # the first one may have been that of a process that was up
+                    await self._give_up(slot, f"its process died {deaths} times in a row before the engine was up")
+                    return
+                await asyncio.sleep(0.2)
                 continue
             num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
             slot.phase, slot.detail = "up", ""
@@ -433,6 +466,13 @@ class Fleet:
             if not await self._is_well(slot):
                 self._manager.replace(slot.number, info.pid)
             slot.phase = "starting"
+
+    async def _start_failures(self, slot: Slot) -> list[str]:
+        try:
+            failures: list[str] = await slot.actor.start_failures.remote()
+        except ray.exceptions.RayError:
+            return []
+        return failures
 
     async def _is_well(self, slot: Slot) -> bool:
         """Return True when its process has ended, and False when it has to."""
@@ -444,7 +484,7 @@ class Fleet:
                     await slot.actor.check_health.remote()
             except ray.exceptions.RayActorError:
                 return True
-            except (TimeoutError, ray.exceptions.RayTaskError) as error:
+            except (TimeoutError, ray.exceptions.RayError) as error:
                 cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 if isinstance(cause, UpstreamError):  # another actor would meet the same server
                     continue
@@ -462,25 +502,22 @@ class Fleet:
         await self._clients.seen(self._clients.publish())
         await self._manager.remove(slot.number)
 
-    async def _retire(self, slot: Slot) -> None:
+    def _retire(self, slot: Slot) -> None:
+        """Begin to drain a slot, once."""
         if slot.phase == "draining":
             return
-        if slot.number not in self._record.draining:
-            self._record.draining.append(slot.number)
-            await self._save()
-        self._retire_soon(slot)
-
-    def _retire_soon(self, slot: Slot) -> None:
-        if slot.task is not None and slot.task is not asyncio.current_task():
-            slot.task.cancel()
         works = slot.phase not in ("waiting", "failed")
         slot.phase, slot.detail = "draining", ""
+        if slot.tending is not None:
+            slot.tending.cancel()
+        self._record.draining.append(slot.number)
         self._changed.set()
-        slot.task = self._own(self._see_off(slot, works=works))
+        self._own(self._see_off(slot, works=works))
 
     async def _see_off(self, slot: Slot, *, works: bool) -> None:
         """End an actor when it has done what it has, or when its time is over."""
         _log.info("slot %d of %s is drained", slot.number, self._config.name)
+        await self._save()
         version = self._clients.publish()
         if works:
             try:
@@ -519,3 +556,7 @@ class Fleet:
 
 def _num_restarts(actor: Any) -> int:
     return int(state.actors(actor._actor_id.hex())["NumRestarts"])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

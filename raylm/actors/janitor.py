@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 
@@ -23,6 +25,8 @@ SWEEP_S = 60.0
 """How often each actor looks for orphans."""
 
 _MARK = "RAYLM_OWNER"
+
+_NAMESPACE = Path("/proc/self/ns/pid")
 
 _FREE_SHARE = 0.1
 """A GPU with less of its memory in use than this is free: a driver and a desktop take some."""
@@ -36,19 +40,24 @@ _log = logging.getLogger(__name__)
 
 
 def mark() -> None:
-    """Have all that this process starts from now on bear its mark."""
-    os.environ[_MARK] = _name(psutil.Process())
+    """Have all that this process starts from now on bear its mark. Does nothing but on Linux."""
+    if sys.platform == "linux":
+        os.environ[_MARK] = _name(os.getpid())
 
 
 def sweep() -> list[int]:
     """Kill the processes of this user on this node whose owner is gone; return their ids. Blocks for some time."""
-    killed = []
+    killed: list[int] = []
+    if sys.platform != "linux":
+        return killed
     for process in psutil.process_iter():
         try:
             owner = process.environ().get(_MARK)
             if owner is None or _lives(owner):
                 continue
-            _log.warning("process %d (%s) is left over from an actor that is gone: it ends", process.pid, process.name())
+            _log.warning(
+                "process %d (%s) is left over from an actor that is gone: it ends", process.pid, process.name()
+            )
             process.kill()
         except psutil.Error:  # it is not ours, or has just ended
             continue
@@ -56,17 +65,23 @@ def sweep() -> list[int]:
     return killed
 
 
-def _name(process: psutil.Process) -> str:
-    # A number alone may be another process's by now.
-    return f"{process.pid}:{process.create_time():.2f}"
+def _name(pid: int) -> str:
+    """Return what no other process is called: its number may be another's by now, or in another container."""
+    # Not psutil's time of creation, which moves with the system's clock.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] == "Z":
+        raise ProcessLookupError(pid)
+    started_at = fields[19]  # in clock ticks since boot: field 22 of proc(5)
+    return f"{_NAMESPACE.readlink()}:{pid}:{started_at}"
 
 
 def _lives(owner: str) -> bool:
-    pid, _, _ = owner.partition(":")
+    namespace, pid, _ = owner.rsplit(":", 2)
+    if namespace != str(_NAMESPACE.readlink()):
+        return True  # as far as can be seen from here
     try:
-        process = psutil.Process(int(pid))
-        return process.status() != psutil.STATUS_ZOMBIE and _name(process) == owner
-    except psutil.Error:
+        return _name(int(pid)) == owner
+    except (ProcessLookupError, FileNotFoundError):
         return False
 
 
@@ -106,7 +121,8 @@ async def gpus_free(gpus: Sequence[int]) -> None:
         return
     try:
         async with asyncio.timeout(_FREE_TIMEOUT_S):
-            while taken := [memory for memory in await asyncio.to_thread(_memory, gpus) if not memory.is_free]:
+            # Nothing but asking tells.
+            while taken := [memory for memory in await asyncio.to_thread(_memory, gpus) if not memory.is_free]:  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise EngineStartError(

@@ -4,7 +4,7 @@
 Called again after each change, it scales, rolls an update, and replaces what was drained by hand. What it holds to:
 
 1.  While old actors are replaced by new ones, never fewer serve than are wanted, and there is never more than one more
-    than are wanted. Only where the new one has no room does an old one make it.
+    than are wanted. Only where the new one has no room, and could have it, does one old one make some.
 2.  A new one that does not start holds the update up: the old ones go on.
 3.  Of those that are too many, the ones that do least work go.
 
@@ -40,12 +40,14 @@ class Member:
         engine: Settings of its engine, as JSON.
         phase: Where it is in its life.
         load: Outstanding tokens.
+        may_fit: While it waits: it would have room if others made some.
     """
 
     slot: int
     engine: str
     phase: Phase
     load: int = 0
+    may_fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
     old.sort(key=lambda member: (member.load, -member.slot))
     num_up = len(old) + sum(member.phase == "up" for member in kept)
     num_spare = max(0, num_up - len(wanted))
-    no_room = any(member.phase == "waiting" for member in kept)
-    if no_room and not num_spare and len(present) == len(members):
+    needs_room = any(member.phase == "waiting" and member.may_fit for member in kept)
+    if needs_room and num_up == len(wanted) and len(present) == len(members):
         num_spare = 1
     drain += [member.slot for member in old[:num_spare]]
     create = list(missing.elements())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,7 +31,7 @@ from raylm.errors import NoActorError, PlacementError
 _START_TIMEOUT_S = 120.0
 """How long the processes of actors that fit may take to come up: a busy machine starts one in ten seconds."""
 
-_SERVED_PLACEMENT_TIMEOUT_S = 300.0
+SERVED_PLACEMENT_TIMEOUT_S = 300.0
 """How long a served model waits for nodes to join: an autoscaler starts one in some minutes."""
 
 _LOOK_INTERVAL_S = 5.0
@@ -93,7 +94,7 @@ class PoolManager:
             engines = dict(enumerate(engines))
         taken_over = name is not None and _exist(name)
         if placement_timeout_s is None:
-            placement_timeout_s = 0 if name is None else _SERVED_PLACEMENT_TIMEOUT_S
+            placement_timeout_s = 0 if name is None else SERVED_PLACEMENT_TIMEOUT_S
         manager = cls(name)
         replicas = manager._replicas_of(engines)
         planned = await asyncio.to_thread(_plan, replicas)
@@ -129,13 +130,34 @@ class PoolManager:
             self._replaced.pop(slot, None)
             del self._replicas[slot]
 
-    def waiting(self, slots: Iterable[int]) -> tuple[list[int], str]:
-        """Return which of these slots have no room yet, and why. Blocks for some milliseconds."""
-        waiting = [self._replicas[slot] for slot in slots if not self._has_room(slot)]
+    def waiting(self, slots: Iterable[int]) -> dict[int, tuple[str, bool]]:
+        """Return which of these slots have no room: why, and whether they would fit if the nodes were idle. Blocks."""
+        replicas = dict(self._replicas)  # the loop may change them meanwhile
+        waiting = [replicas[slot] for slot in slots if slot in replicas and not self._has_room(slot)]
         if not waiting:
-            return [], ""
+            return {}
         now = _plan(waiting)
-        return [replica.slot for replica in waiting], "" if now.fits else now.refusal()
+        idle = dict(zip(waiting, _on_idle_nodes(now).places, strict=True))
+        return {
+            replica.slot: (now.refusal(), bool(idle[replica]))
+            for replica, places in zip(waiting, now.places, strict=True)
+            if not places
+        }
+
+    def check_group(self, slot: int) -> None:
+        """See that lmdeploy's rank 0 can be where it takes it to be: on the node of its actor. Blocks.
+
+        Raises:
+            PlacementError: Ray has put the actor of a replica on a node without a rank of it.
+        """
+        if (group := self._groups.get(slot)) is None:
+            return
+        places = placement_group_table(group)["bundles_to_node_id"]
+        if places[0] not in [node for bundle, node in places.items() if bundle]:
+            raise PlacementError(
+                "Ray has placed the ranks of a replica, and its actor on another node: the node of its first rank "
+                "has no CPU free. Free one there"
+            )
 
     def _replicas_of(self, engines: Mapping[int, EngineConfig]) -> list[Replica]:
         return [Replica(slot, shape(config), self._name or "") for slot, config in engines.items()]
@@ -222,7 +244,8 @@ class PoolManager:
         finally:
             ready.cancel()
             await asyncio.gather(ready, return_exceptions=True)
-        await asyncio.to_thread(self._check_groups)
+        for slot in tuple(self._groups):
+            await asyncio.to_thread(self.check_group, slot)
 
     def _look(self, replicas: Sequence[Replica]) -> tuple[str, bool]:
         """Return why those that still have no room have none, and whether all would fit if the nodes were idle."""
@@ -231,25 +254,13 @@ class PoolManager:
         return "" if now.fits else now.refusal(), _on_idle_nodes(replace(now, replicas=tuple(replicas))).fits
 
     def _has_room(self, slot: int) -> bool:
-        if slot in self._groups:
-            return bool(placement_group_table(self._groups[slot])["state"] == "CREATED")
+        if (group := self._groups.get(slot)) is not None:
+            return bool(placement_group_table(group)["state"] == "CREATED")
+        if (actor := self.actors.get(slot)) is None:
+            return True
         # A process is chosen once its room is taken, long before it answers. The address has a node before that: of
         # who looks for one.
-        return bool(state.actors(self.actors[slot]._actor_id.hex())["Address"]["Port"])
-
-    def _check_groups(self) -> None:
-        """See that lmdeploy's rank 0 can be where it takes it to be: on the node of its actor.
-
-        Raises:
-            PlacementError: Ray has put the actor of a replica on a node without a rank of it.
-        """
-        for group in self._groups.values():
-            places = placement_group_table(group)["bundles_to_node_id"]
-            if places[0] not in [node for bundle, node in places.items() if bundle]:
-                raise PlacementError(
-                    "Ray has placed the ranks of a replica, and its actor on another node: the node of its first rank "
-                    "has no CPU free. Free one there"
-                )
+        return bool(state.actors(actor._actor_id.hex())["Address"]["Port"])
 
     def replace(self, slot: int, pid: int) -> None:
         """End the process of a slot's actor; Ray starts a new one in its place.
@@ -302,14 +313,27 @@ def _exist(pool: str) -> bool:
     return any(actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{pool}:slot-") for actor in actors)
 
 
-def end_strays(pool: str, known: Iterable[int]) -> None:
-    """End what an earlier manager has left in slots that are not among the known ones. Blocks for some milliseconds."""
-    names = {f"{pool}:slot-{slot}" for slot in known}
+def end_all(pool: str) -> int:
+    """End whatever there is of a pool with a name: actors and placement groups. Blocks for some milliseconds.
+
+    Returns:
+        A number above that of each of its slots.
+    """
+    next_slot = 0
     for actor in ray.util.list_named_actors(all_namespaces=True):
         name = actor["name"]
-        if actor["namespace"] == NAMESPACE and name.startswith(f"{pool}:slot-") and name not in names:
-            with suppress(ValueError):  # it has just ended
-                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        slot = re.fullmatch(re.escape(pool) + r":slot-(\d+)", name)
+        if actor["namespace"] != NAMESPACE or not (slot or name == f"{pool}:sessions"):
+            continue
+        if slot:
+            next_slot = max(next_slot, int(slot[1]) + 1)
+        with suppress(ValueError):  # it has just ended
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    for group in placement_group_table().values():
+        if group["name"].startswith(f"raylm:{pool}:slot-") and group["state"] != "REMOVED":
+            with suppress(ValueError):
+                remove_placement_group(get_placement_group(group["name"]))
+    return next_slot
 
 
 def _plan(replicas: Sequence[Replica]) -> Plan:

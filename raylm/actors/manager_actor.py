@@ -23,7 +23,7 @@ import ray
 import ray.exceptions
 
 from raylm.actors.fleet import Fleet, Record, delete_record, load_record, save_record
-from raylm.actors.manager import NAMESPACE, PoolManager, end_strays
+from raylm.actors.manager import NAMESPACE, PoolManager, end_all
 from raylm.config import ModelConfig
 from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
 from raylm.statistics import ModelState, PoolReport
@@ -56,9 +56,9 @@ class Membership(msgspec.Struct):
     Attributes:
         version: To be given to the next `watch`.
         cancelled: Ids of requests to abort.
-        actors: Handles of the engine actors, by slot; None when that is as it was.
+        actors: Handles of the engine actors, by slot; None when all that follows is as it was.
         draining: Slots that get no more requests.
-        failed: Slots whose engine does not start, and its last words.
+        failed: Slots whose engine does not start, and its last words. Their actors are about to end.
     """
 
     version: int
@@ -86,7 +86,7 @@ class _Clients:
     """
 
     def __init__(self, model: str) -> None:
-        self.version = time.time_ns()  # differs from that of every earlier process
+        self.version = self._first = time.time_ns()  # differs from that of every earlier process
         self.departed = ModelState(name=model)
         self._clients: dict[str, _Client] = {}
         self._heard = asyncio.Event()
@@ -97,7 +97,8 @@ class _Clients:
     async def news(self, client_id: str, version: int, report: PoolReport) -> list[str]:
         """Take note of a report; return requests to abort, when there is something new or after `WATCH_S`."""
         client = self._clients.setdefault(client_id, _Client(report))
-        client.report, client.version, client.seen_at = report, version, time.monotonic()
+        client.report, client.seen_at = report, time.monotonic()
+        client.version = version if self._first <= version <= self.version else 0  # else of an earlier process
         self._heard.set()
         if version == self.version:
             try:
@@ -158,9 +159,11 @@ class ManagerActor:
 
     Args:
         config: A `ModelConfig` as JSON.
+        as_of: See `Record`.
     """
 
-    def __init__(self, config: str) -> None:
+    def __init__(self, config: str, as_of: int) -> None:
+        self._as_of = as_of
         self._config = ModelConfig.model_validate_json(config)
         self._clients = _Clients(self._config.name)
         self._starting: asyncio.Task[Fleet] | None = None
@@ -203,13 +206,14 @@ class ManagerActor:
         """See `Fleet.scale`."""
         await (await self._fleet()).scale(replicas, group)
 
-    async def update(self, config: str) -> None:
+    async def update(self, config: str, as_of: int) -> None:
         """See `Fleet.update`.
 
         Args:
             config: A `ModelConfig` as JSON.
+            as_of: See `Record`.
         """
-        await (await self._fleet()).update(ModelConfig.model_validate_json(config))
+        await (await self._fleet()).update(ModelConfig.model_validate_json(config), as_of)
 
     async def drain(self, slot: int) -> None:
         """See `Fleet.drain`."""
@@ -242,7 +246,10 @@ class ManagerActor:
         if self._expiring is not None:
             self._expiring.cancel()
         if self._starting is not None:
-            await (await self._starting).aclose()
+            self._starting.cancel()  # does nothing to one that is over
+            await asyncio.gather(self._starting, return_exceptions=True)
+            if not self._starting.cancelled() and self._starting.exception() is None:
+                await self._starting.result().aclose()
 
     async def _fleet(self) -> Fleet:
         if self._starting is None:
@@ -259,22 +266,24 @@ class ManagerActor:
     async def _start(self) -> Fleet:
         name, me = self._config.name, ray.get_runtime_context().get_actor_id()
         record = await asyncio.to_thread(load_record, name, me)
+        taken_over = record is not None
         if record is None:
             config = self._config
-            record = Record(me, config.model_dump_json(), [group.replicas for group in config.engines])
+            record = Record(me, config.model_dump_json(), self._as_of, [group.replicas for group in config.engines])
+            record.next_slot = await asyncio.to_thread(end_all, name)  # nobody knows what these were
             record.number(record.wanted())
-            await asyncio.to_thread(end_strays, name, record.engines)
             await asyncio.to_thread(save_record, name, msgspec.json.encode(record))
         config = ModelConfig.model_validate_json(record.config)
         try:
             manager = await PoolManager.start(
                 record.configs(), config.sessions, name=name, placement_timeout_s=config.pool.placement_timeout_s
             )
-        except Exception:
-            await asyncio.to_thread(delete_record, name)
+        except BaseException:
+            if not taken_over:  # and its actors have ended
+                await asyncio.to_thread(delete_record, name)
             raise
         self._sessions = manager.sessions
-        return Fleet(record, manager, self._clients)
+        return Fleet(record, manager, self._clients, taken_over=taken_over)
 
     async def _expire(self) -> None:
         """Forget clients that are gone, and end everything when none has been there for long."""
@@ -324,12 +333,14 @@ async def served_config(model: str) -> ModelConfig | None:
         return None
 
 
-async def serve(config: ModelConfig, *, update: bool = False) -> Any:
+async def serve(config: ModelConfig, as_of: int | None = None) -> Any:
     """Return the handle of a model's manager, which is made where there is none.
 
     Args:
         config: What is to be served.
-        update: Where the model is served with other settings, replace its actors one by one by those that these ask for.
+        as_of: When that was said, in nanoseconds since 1970. A model that is served with settings from before is
+            updated, its actors replaced one by one; one with settings from later stays as it is. None: others are an
+            error.
 
     Raises:
         InvalidRequestError: the model is served with other settings, and is not to be updated or cannot be in service.
@@ -346,15 +357,15 @@ async def serve(config: ModelConfig, *, update: bool = False) -> Any:
             max_restarts=-1,
             max_concurrency=10_000,
         )
-        .remote(config.model_dump_json())
+        .remote(config.model_dump_json(), time.time_ns() if as_of is None else as_of)
     )
     if ModelConfig.model_validate_json(await told(manager.start.remote())) != config:
-        if not update:
+        if as_of is None:
             raise InvalidRequestError(
                 f"model {config.name!r} is served with other settings already; end it first, or give this one another "
                 "name"
             )
-        await told(manager.update.remote(config.model_dump_json()))
+        await told(manager.update.remote(config.model_dump_json(), as_of))
     return manager
 
 
@@ -385,6 +396,8 @@ async def end(model: str) -> None:
     except (TimeoutError, ray.exceptions.RayError) as error:
         _log.warning("model %s did not end in order: %s", model, str(error).partition("\n")[0] or "no answer")
     ray.kill(manager, no_restart=True)
+    await asyncio.to_thread(end_all, model)  # what it had no time for
+    await asyncio.to_thread(delete_record, model)
 
 
 def _name(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
 
 from ray import serve
@@ -16,23 +17,36 @@ _MAX_ONGOING_REQUESTS = 100_000
 """Of one gateway. The pool's `max_queued` is the limit: it knows what waits and what streams."""
 
 
-def build_app(args: dict[str, Any] | ServeConfig | None = None) -> Application:
+def build_app(args: dict[str, Any] | None = None) -> Application:
     """Return the application that serves the models of a configuration.
 
+    Deploying it again, with other settings, updates gateways and models without a lost request.
+
     Args:
-        args: A `ServeConfig`, or what is in its YAML file. None serves the built-in model on CPU.
+        args: What is in the YAML file of a `ServeConfig`. None serves the built-in model on CPU.
 
     Raises:
         InvalidRequestError: a setting is unknown or wrong; the text names it.
     """
-    config = args if isinstance(args, ServeConfig) else ServeConfig.parse(args)
+    config = ServeConfig.parse(args)
+    return application(config, time.time_ns(), max(model.drain_timeout_s for model in config.models))
+
+
+def application(config: ServeConfig, as_of: int, drain_s: float) -> Application:
+    """Return the application that serves a configuration.
+
+    Args:
+        config: What is served.
+        as_of: When that was said, in nanoseconds since 1970. Models follow the latest.
+        drain_s: How long a gateway that is to end has for its streams.
+    """
 
     def build() -> Any:
         from raylm.serve.gateway import build_gateway
 
         _log_to_stderr()
         heap.settle()
-        return build_gateway(config)
+        return build_gateway(config, as_of)
 
     deployment = serve.deployment(
         serve.ingress(build)(),
@@ -41,7 +55,7 @@ def build_app(args: dict[str, Any] | ServeConfig | None = None) -> Application:
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=drain_s,
     )
     return deployment.bind()
 

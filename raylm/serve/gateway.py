@@ -127,13 +127,15 @@ class Gateway:
 
     Args:
         config: What is served.
+        as_of: When that was said; see `raylm.actors.manager_actor.serve`.
 
     Attributes:
         batches: Answers those of files and batches.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, as_of: int) -> None:
         self._config = config
+        self._as_of = as_of
         self._served: dict[str, ServedPool] = {}
         self.batches = Batches(config)
         self._stack = AsyncExitStack()
@@ -141,7 +143,7 @@ class Gateway:
     async def start(self) -> None:
         """Join, or make, the pool of each model. Their engines may still be loading when this returns."""
         for model in self._config.models:
-            await serve(model, update=True)
+            await serve(model, self._as_of)
             self._served[model.name] = await self._stack.enter_async_context(await ServedPool.open(model.name))
         await self.batches.start()
         self._stack.push_async_callback(self.batches.aclose)
@@ -448,9 +450,14 @@ class _StatusStream(EventStream):
             await Response(body, media_type="text/event-stream")(scope, receive, send)
 
 
-def build_gateway(config: ServeConfig) -> FastAPI:
-    """Return the application, which joins the models' pools when it starts."""
-    gateway = Gateway(config)
+def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
+    """Return the application, which joins the models' pools when it starts.
+
+    Args:
+        config: What is served.
+        as_of: When that was said; see `raylm.actors.manager_actor.serve`.
+    """
+    gateway = Gateway(config, as_of)
     batches = gateway.batches
 
     @asynccontextmanager

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from raylm.config import ModelConfig, ServeConfig
-from raylm.errors import EngineStartError, PlacementError
+from raylm.errors import EngineStartError, InvalidRequestError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.haproxy import LOOPBACK
 
@@ -32,6 +33,12 @@ _STATS_PORT = "RAY_SERVE_HAPROXY_STATS_PORT"
 _FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
 _DEFAULT_PORTS = {_METRICS_PORT: 9101, _STATS_PORT: 8404, _FALLBACK_PORT: 8500}
 """Ports that HAProxy mode takes on each machine. Source: ray 2.60, serve/_private/constants.py."""
+
+_DRAIN_S = 20.0
+"""How long the gateways of a command that is told to end have for their streams."""
+
+_KEY = "gateways"
+"""Of what the gateways that run have been told, in Ray's key-value store."""
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -128,8 +135,12 @@ class Endpoint:
             os.environ[LOOPBACK] = "1"
         self._connected = connect(self._address, start=start)
         self._owns_serve = not serve_runs()
-        if not start and self._owns_serve:
+        if start:
+            return
+        if self._owns_serve:
             self._check_port()
+        else:
+            self._host, self._port = _listens_at()
 
     def start(self, *, update: bool = False) -> None:
         """Start the gateways and the actors; returns when every slot is up.
@@ -147,7 +158,8 @@ class Endpoint:
         from ray.serve.config import HTTPOptions
         from ray.serve.exceptions import RayServeException
 
-        from raylm.serve.app import build_app
+        from raylm.actors.cluster import remember
+        from raylm.serve.app import application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if self._owns_serve:
@@ -157,11 +169,33 @@ class Endpoint:
         problem = self._no_room()
         if problem:  # said now, for the managers wait for nodes to join before they give up
             _log.warning("waiting for room in the cluster. %s", problem)
+        as_of = time.time_ns()
+        drain_s = max(model.drain_timeout_s for model in self._config.models) if update else _DRAIN_S
+        if update:
+            asyncio.run(_update(self._config.models, as_of))
+            if self._runs_as_it_is():
+                return
         try:
-            serve.run(build_app(self._config), name=APP, route_prefix="/", blocking=False)
+            app = application(self._config, as_of, drain_s)
+            serve.run(app, name=APP, route_prefix="/", blocking=False)
         except (RayServeException, RuntimeError) as error:  # the latter has no more to say than that it failed
             raise PlacementError(problem or f"the gateways did not start: {error}") from error
+        remember(_KEY, self._about_gateways())
         asyncio.run(_wait_until_up(self._config.models))
+
+    def _runs_as_it_is(self) -> bool:
+        """Whether gateways run that need not be replaced: what has changed are engines."""
+        from ray import serve
+
+        from raylm.actors.cluster import remembered
+
+        application = serve.status().applications.get(APP)
+        told = remembered(_KEY)
+        return application is not None and application.status == "RUNNING" and told == self._about_gateways()
+
+    def _about_gateways(self) -> bytes:
+        """Return what of the configuration gateways have to know."""
+        return self._config.model_dump_json(exclude={"models": {"__all__": {"engines"}}}).encode()
 
     def _check_port(self) -> None:
         if why := refusal(self._host, self._port):
@@ -253,6 +287,31 @@ async def _wait_until_up(models: tuple[ModelConfig, ...]) -> None:
     for model in models:
         async with await ServedPool.open(model.name) as served:
             await served.ready()
+
+
+def _listens_at() -> tuple[str, int]:
+    """Return where the Serve that runs listens."""
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    return options.host, options.port
+
+
+async def _update(models: tuple[ModelConfig, ...], as_of: int) -> None:
+    """Have those models updated that are served with other settings. None is when one cannot be."""
+    from raylm.actors.manager_actor import serve, served_config, served_models
+
+    served = set(await asyncio.to_thread(served_models))
+    changed = []
+    for model in models:
+        if model.name in served and (now := await served_config(model.name)) is not None and now != model:
+            if now.sessions != model.sessions:
+                raise InvalidRequestError(
+                    f"sessions: those of {model.name} are kept as they were begun; `raylm down` first, to change that"
+                )
+            changed.append(model)
+    for model in changed:
+        await serve(model, as_of)
 
 
 def serve_runs() -> bool:

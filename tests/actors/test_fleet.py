@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -18,6 +19,7 @@ from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
 from raylm.errors import InvalidRequestError, RaylmError
 from raylm.messages import Completion, Message, Request
+from raylm.pool import Pool
 from raylm.served import ServedPool
 from raylm.statistics import ModelState, SlotStatistics
 from tests.conftest import ask
@@ -36,9 +38,16 @@ def config(*engines: dict[str, Any], **settings: Any) -> ModelConfig:
 class Served:
     """A model that is served, and a pool on it."""
 
-    def __init__(self, pool: ServedPool) -> None:
+    def __init__(self, pool: ServedPool, stack: AsyncExitStack) -> None:
         self.pool = pool
         self.manager = find(NAME)
+        self._stack = stack
+
+    def load(self) -> Load:
+        """Ask without a pause until the load is over, or the test."""
+        load = Load(self.pool.pool)
+        self._stack.push_async_callback(load.aclose)
+        return load
 
     async def state(self) -> ModelState:
         """Return what its manager says."""
@@ -65,7 +74,7 @@ class Served:
 
     async def update(self, *engines: dict[str, Any]) -> None:
         """Have other engines."""
-        await told(self.manager.update.remote(config(*engines).model_dump_json()))
+        await told(self.manager.update.remote(config(*engines).model_dump_json(), time.time_ns()))
 
     async def text(self, request: Request) -> str:
         """Return the answer to a request that nothing happens to."""
@@ -75,9 +84,9 @@ class Served:
 class Load:
     """Requests without a pause, each checked when it ends."""
 
-    def __init__(self, served: Served, num_workers: int = 16) -> None:
+    def __init__(self, pool: Pool, num_workers: int = 16) -> None:
         self.answers: list[Completion | RaylmError] = []
-        self._served = served
+        self._pool = pool
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in range(num_workers)]
         self._ending = False
 
@@ -86,12 +95,18 @@ class Load:
         while not self._ending:
             request = ask(f"worker {worker} request {number}", 30)
             try:
-                answer = await self._served.pool.pool.generate(request, timeout_s=60)
+                answer = await self._pool.generate(request, timeout_s=60)
             except RaylmError as error:
                 self.answers.append(error)
                 raise
             self.answers.append(answer)
             number += 1
+
+    async def aclose(self) -> None:
+        """Leave."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def over(self) -> list[Completion]:
         """Let the requests end, and return their answers: all of them, and whole."""
@@ -115,8 +130,10 @@ async def serve_model(cluster: str) -> AsyncIterator[Serve]:
         async def start(*engines: dict[str, Any], **settings: Any) -> Served:
             stack.push_async_callback(end, NAME)
             await serve(config(*engines, **settings))
-            served = Served(await stack.enter_async_context(await ServedPool.open(NAME)))
+            served = Served(await stack.enter_async_context(await ServedPool.open(NAME)), stack)
             await served.pool.ready()
+            if served.pool.pool.slots:  # its report is on its way
+                await served.slots(lambda slots: all(slot.state == "up" for slot in slots))
             return served
 
         yield start
@@ -127,7 +144,7 @@ async def serve_model(cluster: str) -> AsyncIterator[Serve]:
 async def test_scale_under_load(serve_model: Serve) -> None:
     """1, 4, none, 2 actors: every request is answered, those that come while there is none too."""
     served = await serve_model(SIMULATED)
-    load = Load(served)
+    load = served.load()
     await served.scale(4)
     await served.are_up(4)
     await served.scale(0)
@@ -142,7 +159,7 @@ async def test_scale_under_load(serve_model: Serve) -> None:
 async def test_update_under_load(serve_model: Serve) -> None:
     """The engines are replaced one by one, and no request notices."""
     served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 2})
-    load = Load(served)
+    load = served.load()
     fewest = 2
     await served.update({**SIMULATED, "model_name": "new", "replicas": 2})
 
@@ -162,7 +179,7 @@ async def test_update_under_load(serve_model: Serve) -> None:
 async def test_update_that_does_not_start(serve_model: Serve) -> None:
     """The old engines go on, the state has the new one's own words, and the old settings bring it back to order."""
     served = await serve_model({**SIMULATED, "replicas": 2})
-    load = Load(served)
+    load = served.load()
     await served.update({**BROKEN, "replicas": 2})
     slots = await served.slots(lambda slots: [slot.state for slot in slots] == ["up", "up", "failed"])
     assert "/nowhere/model.gguf" in slots[2].detail
@@ -223,9 +240,9 @@ async def test_sessions_of_a_drained_slot(serve_model: Serve) -> None:
 
 
 async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
-    """The next process takes the same actors over, and goes on with the update."""
+    """The next process takes the same actors over, and goes on with the update; never do fewer serve."""
     served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 3})
-    load = Load(served)
+    load = served.load()
     await served.update({**SIMULATED, "model_name": "new", "replicas": 3})
     await served.slots(lambda slots: any(slot.slot == 3 for slot in slots))
     os.kill(await _pid(served.manager), signal.SIGKILL)
@@ -239,6 +256,7 @@ async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
 
     async with asyncio.timeout(60):
         while not await done():
+            assert served.pool.pool.num_up >= 3
             await asyncio.sleep(0.1)
     slots = await served.are_up(3)
     assert [slot.slot for slot in slots] == [3, 4, 5]
@@ -257,7 +275,7 @@ async def test_scales_by_the_work(serve_model: Serve) -> None:
     }
     served = await serve_model({**SIMULATED, "autoscaling": scaling})
     assert (await served.state()).slots == []
-    load = Load(served)
+    load = served.load()
     await served.are_up(3)
     completions = await load.over()
     assert {completion.receipt.attempts for completion in completions} == {1}
@@ -305,11 +323,21 @@ async def test_wrong_wishes(serve_model: Serve, call: tuple[Any, ...], message: 
     await served.are_up(1)
 
 
+async def test_an_old_wish(serve_model: Serve) -> None:
+    """What was said before that which is in force changes nothing: a gateway that comes late is outdated."""
+    served = await serve_model(SIMULATED)
+    before = time.time_ns()
+    await served.update({**SIMULATED, "model_name": "new"})
+    await told(served.manager.update.remote(config(SIMULATED).model_dump_json(), before))
+    await served.slots(lambda slots: [(slot.state, slot.model) for slot in slots] == [("up", "new")])
+
+
 async def test_sessions_cannot_be_changed_in_service(serve_model: Serve) -> None:
     """Settings that an update cannot bring about are refused."""
     served = await serve_model(SIMULATED)
+    changed = config(SIMULATED, sessions={"ttl_s": 1}).model_dump_json()
     with pytest.raises(InvalidRequestError, match="sessions: "):
-        await told(served.manager.update.remote(config(SIMULATED, sessions={"ttl_s": 1}).model_dump_json()))
+        await told(served.manager.update.remote(changed, time.time_ns()))
 
 
 async def _pid(actor: Any) -> int:

@@ -34,6 +34,7 @@ def family() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
         if process.pid != os.getpid() and psutil.pid_exists(process.pid):
             process.kill()
     owner.wait()
+    owner.stdout.close()
 
 
 def test_an_orphan_is_ended(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
@@ -56,12 +57,24 @@ def test_a_child_is_not(family: tuple[subprocess.Popen[str], psutil.Process]) ->
 
 def test_the_name_of_another(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
     """A process with the owner's number that began at another time is not the owner."""
-    owner, _ = family
+    _, child = family
+    mark = child.environ()["RAYLM_OWNER"].rpartition(":")[0] + ":1"
     orphan = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": f"{owner.pid}:1.00"}
+        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": mark}
     )
     assert orphan.pid in sweep()
     assert orphan.wait(10) == -signal.SIGKILL
+
+
+def test_another_container(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
+    """What belongs to a process that cannot be seen from here is left alone."""
+    mark = "pid:[1]:" + family[1].environ()["RAYLM_OWNER"].split(":", 2)[2]
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": mark}
+    )
+    assert other.pid not in sweep()
+    other.kill()
+    other.wait()
 
 
 def test_a_gpu_in_use() -> None:
