@@ -148,7 +148,10 @@ class Pool:
         self._suspects: deque[Stream] = deque()
         self._trials_at_once = 1  # in each slot
         self._lanes: dict[Lane, deque[Stream]] = {"interactive": deque(), "batch": deque()}
-        self._pinned: dict[int, deque[Stream]] = {}  # waiting for the one slot they are pinned to
+        # Waiting for the one slot they are pinned to, which is up and full; no queue is kept empty. Only those of slots
+        # that have since got room, or one more to wait, are looked at: there may be as many as there are slots.
+        self._pinned: dict[int, deque[Stream]] = {}
+        self._pinned_due: set[int] = set()
         self._num_waiting = 0
         self._batch_credit = 0.0
         self._dispatch_due = False
@@ -199,7 +202,7 @@ class Pool:
             link.draining = True
             self.router.drain(number)
             self._look_for_hope()
-            self._dispatch_soon()
+            self._scatter(number)
 
     def fail(self, number: int, error: RaylmError) -> None:
         """Take note that the engine of a slot does not start, and is not tried again."""
@@ -225,9 +228,7 @@ class Pool:
         link.outbox = []
         for stream in reversed(list(link.streams.values())):
             self._move(stream, "drained", NoActorError(f"slot {number} has ended, and no other took the request"))
-        for stream in self._pinned.pop(number, ()):
-            if not stream.done:
-                self._queue_of(stream).append(stream)
+        self._scatter(number)
         self.router.remove(number)
         if not link.settled.done():
             link.settled.set_result(None)
@@ -505,9 +506,18 @@ class Pool:
     def _queue_of(self, stream: Stream) -> deque[Stream]:
         if stream._suspect:
             return self._suspects
-        if stream._session_id is not None and (number := self.router.pinned(stream._session_id)) is not None:
+        number = None if stream._session_id is None else self.router.pinned(stream._session_id)
+        if number is not None and number not in stream._avoid:
+            self._pinned_due.add(number)
             return self._pinned.setdefault(number, deque())
         return self._lanes[stream._lane]
+
+    def _scatter(self, number: int) -> None:
+        """Let what waits for a slot that takes nothing now go to any other."""
+        for stream in self._pinned.pop(number, ()):
+            if not stream.done:
+                self._queue_of(stream).append(stream)
+        self._dispatch_soon()
 
     def _enqueue(self, stream: Stream, *, first: bool = False) -> None:
         stream._enqueued_at = self.loop.time()
@@ -527,8 +537,12 @@ class Pool:
     def _dispatch(self) -> None:
         """Send as much as fits: sessions to their own slots, then suspects, then the lanes."""
         self._dispatch_due = False
-        for queue in self._pinned.values():
-            self._drain(queue, in_order=True)
+        due, self._pinned_due = self._pinned_due, set()
+        for number in due:
+            if (queue := self._pinned.get(number)) is not None:
+                self._drain(queue, in_order=True)
+                if not queue:
+                    del self._pinned[number]
         self._drain(self._suspects, in_order=True)
         interactive, batch = self._lanes["interactive"], self._lanes["batch"]
         while interactive and batch and self.router.has_room(spare=True):
@@ -606,6 +620,8 @@ class Pool:
         del link.streams[stream._key]
         link.unsent.discard(stream._key)
         self.router.release(reservation)
+        if link.number in self._pinned:
+            self._pinned_due.add(link.number)
         stream._link = None
         stream._reservation = None
         stream._on_trial = False
@@ -744,11 +760,7 @@ class Pool:
         num_slots = max(1, self.num_up)
         num_waves = math.ceil(len(self._suspects) / num_slots / _TRIALS_IN_A_ROW)
         self._trials_at_once = 1 if on_trial else max(1, num_waves)
-        # Sessions that waited for this slot go to any other now.
-        for stream in self._pinned.pop(link.number, ()):
-            if not stream.done:
-                self._queue_of(stream).append(stream)
-        self._dispatch_soon()
+        self._scatter(link.number)
 
     def _slot_failed(self, error: RaylmError) -> None:
         self._last_start_error = error
@@ -813,6 +825,7 @@ class Pool:
         if link.state == "up":
             link.state = "suspected"
             self.router.suspend(link.number, suspended=True)
+            self._scatter(link.number)
             self._own(self._examine(link))
 
     async def _examine(self, link: Link) -> None:

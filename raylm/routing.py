@@ -14,7 +14,7 @@ rules, in order:
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Set
 from heapq import heapify, heappop, heappush
 from typing import Final
@@ -99,15 +99,14 @@ class Router:
         self._num_spacious = 0  # slots with room for requests in no hurry
         # In order of use, the least recent first. A plain dict would take ever longer to find its first key.
         self._pins: OrderedDict[str, int] = OrderedDict()
+        # How many are pinned to each number that is no slot: sessions outlive slots, and may be known before them.
+        self._stray_pins: Counter[int] = Counter()
         # (load, pins, slot, stamp). A slot that is up and has room has exactly one entry with its current stamp.
         self._heap: list[tuple[int, int, int, int]] = []
 
     def up(self, number: int, capacity: int) -> None:
         """Open a slot, known or not, with no load and room for `capacity` requests."""
-        slot = self._slots.get(number)
-        if slot is None:
-            slot = self._slots[number] = _Slot()
-            slot.num_pins = sum(pinned == number for pinned in self._pins.values())
+        slot = self._known(number)
         slot.up, slot.capacity = not slot.draining, capacity
         kept = max(1, int(capacity * self._reserved)) if self._reserved and capacity > 1 else 0
         slot.limit = capacity - kept
@@ -131,15 +130,17 @@ class Router:
 
     def drain(self, number: int) -> None:
         """Take no more new requests, for good; sessions pinned to the slot move when they next ask."""
-        slot = self._slots.setdefault(number, _Slot())
+        slot = self._known(number)
         slot.draining, slot.up = True, False
         self._changed(number, slot)
 
     def remove(self, number: int) -> None:
         """Forget a slot. Its reservations are void; sessions pinned to it move when they next ask."""
         slot = self._slots.pop(number, None)
-        if slot is not None and slot.spacious:
-            self._num_spacious -= 1
+        if slot is not None:
+            self._num_spacious -= slot.spacious
+            if slot.num_pins:
+                self._stray_pins[number] = slot.num_pins
         self._heap = [entry for entry in self._heap if entry[2] != number]
         heapify(self._heap)
 
@@ -261,10 +262,23 @@ class Router:
         self._changed(number, slot)
         return Reservation(number, slot.incarnation, tokens, why, trial=trial)
 
+    def _known(self, number: int) -> _Slot:
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = _Slot()
+            slot.num_pins = self._stray_pins.pop(number, 0)
+        return slot
+
     def _count_pin(self, number: int | None, change: int) -> None:
-        if number is not None and (slot := self._slots.get(number)) is not None:
+        if number is None:
+            return
+        if (slot := self._slots.get(number)) is not None:
             slot.num_pins += change
             self._changed(number, slot)
+        else:
+            self._stray_pins[number] += change
+            if not self._stray_pins[number]:
+                del self._stray_pins[number]
 
     def _least_loaded(self, avoid: Set[int], trial: int | None, *, spare: bool = False) -> int | None:
         if avoid and not any(slot.up and number not in avoid for number, slot in self._slots.items()):

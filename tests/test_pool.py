@@ -237,6 +237,20 @@ async def test_a_pinned_session_waits_for_its_slot(start_pool: StartPool) -> Non
     assert ((await second.completion()).receipt.slot, (await second.completion()).receipt.why) == (0, "pinned")
 
 
+async def test_a_session_leaves_a_slot_that_is_drained(start_pool: StartPool) -> None:
+    """What waits for a full slot goes to another as soon as that one is drained."""
+    running = await start_pool(ONE_AT_A_TIME, ONE_AT_A_TIME)
+    running.pool.router.pin("s", 0)
+    first = running.pool.stream(ask("first", 1000), session_id="s")
+    await anext(first)
+    second = running.pool.stream(ask("second", 2), session_id="s")
+    running.pool.drain(0)
+    receipt = (await second.completion()).receipt
+    assert (receipt.slot, receipt.why) == (1, "moved:drained")
+    assert first.slot == 0
+    first.abort()
+
+
 async def test_two_turns_of_one_session_do_not_mix(start_pool: StartPool) -> None:
     """A second turn while one is running raises SessionBusyError, and the first ends well."""
     running = await start_pool(SLOW)

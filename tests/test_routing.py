@@ -153,6 +153,22 @@ def test_new_sessions_spread_over_idle_slots() -> None:
     assert [sum(router.pinned(str(session)) == slot for session in range(40)) for slot in range(4)] == [10] * 4
 
 
+def test_sessions_count_before_and_after_their_slot() -> None:
+    """Sessions pinned to a slot that is not there yet, or is gone for a while, count when it comes."""
+    router = Router()
+    for session in map(str, range(3)):
+        router.pin(session, 0)
+    router.unpin("0")
+    for _ in range(2):
+        router.up(0, 10)
+        router.up(1, 10)
+        assert router.candidate() == 1
+        router.pin("other", 1)
+        assert router.candidate() == 1
+        router.remove(0)
+        router.remove(1)
+
+
 def test_pins_are_bounded() -> None:
     """Above `max_pins` the least recently used session loses its pin."""
     router = Router(max_pins=2)
