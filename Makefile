@@ -8,7 +8,7 @@ LMDEPLOY_VENV := .venv-lmdeploy
 LMDEPLOY := $(LMDEPLOY_VENV)/bin/python
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 SYSTEM_DEPS := redis-server:redis-server chromium:chromium ip:iproute2 wrk:wrk
-BENCHMARKS := routing scale token_plane makespan pool_efficiency http_client triton_client endurance serving batch
+BENCHMARKS := routing scale token_plane makespan pool_efficiency http_client triton_client endurance failover serving batch
 
 .PHONY: help demo serve system-deps test test-lmdeploy test-lmdeploy-regression test-gpu lint format bench clean
 
