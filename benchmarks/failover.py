@@ -16,6 +16,9 @@ run on it, so the client waits until Serve has replaced the replica.
 `retry_p50_s`, `retry_p99_s`: for comparison, the time to the first token of the new stream where Serve's other replica
 has room for all clients, and takes them before the replacement is there.
 
+A pool's streams wait for two things: Ray takes a second to tell that an actor which is to be restarted has died, and
+the streams it had are tried two at a time, for one of them may be what killed it.
+
 Serve finds out about a dead replica with its health check, every 10 s, so it matters when in that time the kill comes:
 some kills are faster than others. The next one waits until what was killed is up again.
 """
