@@ -3,8 +3,9 @@
 Both have two replicas of the simulated engine (a clock, not a model) at 20 tokens/s a stream, and 32 streams on each.
 The process of one is killed with SIGKILL; time runs from there to the next token of each of its streams.
 
-Subject. A pool on two EngineActors. A stream goes on, on the other actor, after the tokens that it has; each is checked
-to be the same as one that nothing happened to, so no token is lost and none comes twice.
+Subject. A pool on two EngineActors. A stream goes on after the tokens that it has, on the other actor or on the first
+one, started again; each is checked to be the same as one that nothing happened to, so no token is lost and none comes
+twice.
 
 Baseline, in the same run and in turns with the subject: a Serve deployment of two replicas that streams from a handle,
 with Serve's own defaults. There the stream is lost with its replica, and all its tokens; the client starts it again at
