@@ -1,0 +1,219 @@
+"""The Kubernetes files: valid, and careful with streams, nodes and rights."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from jsonschema import Draft7Validator, ValidationError
+from referencing import Registry, Resource
+from referencing.jsonschema import DRAFT7
+
+from .manifests import (
+    KUBERNETES_FILES,
+    RAY_FILES,
+    container,
+    documents,
+    find,
+    head,
+    pods,
+    ports,
+    ray_cluster,
+    readme_variables,
+)
+
+_KUBERNETES = "1.34"
+_DEFINITIONS = "_definitions.json"
+
+_PODS = dict(pods())
+_RAY_PODS = {name: pod for name, pod in _PODS.items() if name.startswith(RAY_FILES)}
+_SERVING_PODS = {name: pod for name, pod in _RAY_PODS.items() if not name.startswith("rayjob.yaml")}
+_OBJECTS = {
+    f"{name}: {document['kind']} {document['metadata']['name']}": document
+    for name in KUBERNETES_FILES
+    for document in documents(name)
+}
+_RAY_OBJECTS = {name: found for name, found in _OBJECTS.items() if found["apiVersion"] == "ray.io/v1"}
+_PLAIN_OBJECTS = {name: found for name, found in _OBJECTS.items() if name not in _RAY_OBJECTS}
+
+
+def _of_all(found: dict[str, dict[str, Any]], name: str = "pod") -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(name, found.values(), ids=found.keys())
+
+
+@pytest.fixture(scope="module")
+def kuberay() -> Draft7Validator:
+    """Checks an object against the schema of its kind, with Kubernetes' own schema for pods."""
+    own = json.loads((Path(__file__).parent / "schemas" / "kuberay.json").read_text())
+    folder = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / f"v{_KUBERNETES}.0-local-strict"
+    definitions = json.loads((folder / _DEFINITIONS).read_text())
+    kinds = [
+        {"if": {"properties": {"kind": {"const": kind}}}, "then": {"$ref": f"kuberay.json#/definitions/{kind}"}}
+        for kind in ("RayCluster", "RayJob", "RayService")
+    ]
+    registry: Registry[Any] = Registry().with_resources(
+        (name, Resource.from_contents(schema, default_specification=DRAFT7))
+        for name, schema in (("kuberay.json", own), (_DEFINITIONS, definitions))
+    )
+    return Draft7Validator({"allOf": kinds}, registry=registry)
+
+
+@_of_all(_RAY_OBJECTS, "found")
+def test_kuberay_takes_it(kuberay: Draft7Validator, found: dict[str, Any]) -> None:
+    kuberay.validate(found)
+
+
+def test_a_misspelt_field_of_kuberay_is_found(kuberay: Draft7Validator) -> None:
+    wrong = copy.deepcopy(find("rayservice.yaml", "RayService"))
+    wrong["spec"]["rayClusterConfig"]["autoscaling"] = True
+    with pytest.raises(ValidationError, match="autoscaling"):
+        kuberay.validate(wrong)
+
+
+def test_a_misspelt_field_of_a_pod_in_it_is_found(kuberay: Draft7Validator) -> None:
+    wrong = copy.deepcopy(find("rayservice.yaml", "RayService"))
+    container(head(wrong["spec"]["rayClusterConfig"]))["enviroment"] = []
+    with pytest.raises(ValidationError, match="enviroment"):
+        kuberay.validate(wrong)
+
+
+@_of_all(_PLAIN_OBJECTS, "found")
+def test_kubernetes_takes_it(found: dict[str, Any]) -> None:
+    kubernetes_validate.validate(found, _KUBERNETES, strict=True)
+
+
+@_of_all(_PODS)
+def test_nothing_runs_as_root_or_may_become_it(pod: dict[str, Any]) -> None:
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] >= 1
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    rights = container(pod)["securityContext"]
+    assert rights["allowPrivilegeEscalation"] is False
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+
+
+@_of_all(_PODS)
+def test_what_a_pod_needs_is_reserved(pod: dict[str, Any]) -> None:
+    resources = container(pod)["resources"]
+    assert {"cpu", "memory"} <= set(resources["requests"])
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+
+
+@_of_all(_RAY_PODS)
+def test_ray_counts_the_cpus_that_it_gets(pod: dict[str, Any]) -> None:
+    """KubeRay tells Ray the limit."""
+    resources = container(pod)["resources"]
+    assert resources["limits"] == resources["requests"]
+
+
+@_of_all(_PODS)
+def test_a_busy_pod_is_not_killed(pod: dict[str, Any]) -> None:
+    probe = container(pod)["livenessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 120
+
+
+@_of_all(_RAY_PODS)
+def test_what_tells_that_ray_lives_asks_for_no_token(pod: dict[str, Any]) -> None:
+    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+
+    asked = container(pod)["livenessProbe"]["httpGet"]
+    assert asked["path"] in PUBLIC_EXACT_PATHS
+    assert asked["port"] == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+
+
+@_of_all(_SERVING_PODS)
+def test_streams_have_time_to_end(pod: dict[str, Any]) -> None:
+    (word, seconds) = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
+    assert word == "sleep"
+    assert pod["terminationGracePeriodSeconds"] > int(seconds) >= 60
+
+
+def test_an_update_leaves_the_old_cluster_time_for_its_streams() -> None:
+    spec = find("rayservice.yaml", "RayService")["spec"]
+    assert spec["rayClusterDeletionDelaySeconds"] >= head(spec["rayClusterConfig"])["terminationGracePeriodSeconds"]
+
+
+@_of_all(_SERVING_PODS)
+def test_ray_starts_in_the_environment_of_the_readme(pod: dict[str, Any]) -> None:
+    """The token's two variables are KubeRay's to set."""
+    expected = readme_variables()
+    assert expected.pop("RAY_AUTH_MODE") == "token"
+    expected["RAY_SERVE_HAPROXY_BINARY_PATH"] = "/usr/local/bin/raylm-haproxy"
+    assert {variable["name"]: variable["value"] for variable in container(pod)["env"]} == expected
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_ray_asks_for_the_token_of_a_secret(name: str) -> None:
+    assert ray_cluster(name)["authOptions"] == {"mode": "token", "secretName": "raylm-token"}
+
+
+@pytest.mark.parametrize("name", ["rayservice.yaml", "raycluster.yaml"])
+def test_the_head_keeps_its_state_in_the_redis_of_redis_yaml(name: str) -> None:
+    options = ray_cluster(name)["gcsFaultToleranceOptions"]
+    service = find("redis.yaml", "Service")
+    (port,) = service["spec"]["ports"]
+    assert options["redisAddress"] == f"{service['metadata']['name']}:{port['port']}"
+    (variable,) = container(_PODS["redis.yaml"])["env"]
+    assert options["redisPassword"]["valueFrom"] == variable["valueFrom"]
+
+
+def test_no_password_is_in_a_file() -> None:
+    assert not [name for name, found in _OBJECTS.items() if found["kind"] == "Secret"]
+
+
+def test_clients_reach_haproxy_alone() -> None:
+    policy = find("network-policy.yaml", "NetworkPolicy", "raylm-ray")["spec"]
+    open_to_all = [rule["ports"] for rule in policy["ingress"] if "from" not in rule]
+    assert open_to_all == [[{"port": ports(_PODS["rayservice.yaml: head"])["serve"]}]]
+
+
+@pytest.mark.parametrize("policy", documents("network-policy.yaml"), ids=lambda policy: str(policy["metadata"]["name"]))
+def test_a_policy_opens_ports_that_are_listened_on(policy: dict[str, Any]) -> None:
+    listening = {
+        "raylm-ray": set(ports(_PODS["rayservice.yaml: head"]).values()),
+        "raylm-redis": set(ports(_PODS["redis.yaml"]).values()),
+        "raylm-triton": set(ports(_PODS["triton.yaml"]).values()),
+    }[policy["metadata"]["name"]]
+    opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert opened <= listening
+
+
+@pytest.mark.parametrize("name", ["redis.yaml", "triton.yaml"])
+def test_a_service_and_a_policy_select_the_pods(name: str) -> None:
+    labels = next(
+        found["spec"]["template"]["metadata"]["labels"]
+        for found in documents(name)
+        if found["kind"] in ("StatefulSet", "Deployment")
+    )
+    assert find(name, "Service")["spec"]["selector"] == labels
+    selected = [policy["spec"]["podSelector"].get("matchLabels") for policy in documents("network-policy.yaml")]
+    assert labels in selected
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml", "triton.yaml"])
+def test_volumes_are_claimed_in_the_same_file(name: str) -> None:
+    claims = {found["metadata"]["name"] for found in documents(name) if found["kind"] == "PersistentVolumeClaim"}
+    used = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for pod_name, pod in _PODS.items()
+        if pod_name.startswith(name)
+        for volume in pod.get("volumes", [])
+        if "persistentVolumeClaim" in volume
+    }
+    assert used == claims
+
+
+def test_the_job_is_a_command_of_raylm() -> None:
+    from raylm.cli import app
+    from typer.main import get_command
+
+    program, verb, *arguments = find("rayjob.yaml", "RayJob")["spec"]["entrypoint"].split()
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    options = command.make_context(verb, list(arguments)).params
+    assert program == "raylm"
+    (mount,) = container(_PODS["rayjob.yaml: head"])["volumeMounts"]
+    assert Path(options["source"]).is_relative_to(mount["mountPath"])
+    assert Path(options["output"]).is_relative_to(mount["mountPath"])
