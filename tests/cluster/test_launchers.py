@@ -2,6 +2,8 @@
 
 import re
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ def test_ray_up_takes_its_file() -> None:
 
 
 def test_ray_up_refuses_a_misspelt_field() -> None:
+    """Ray's schema knows its fields."""
     from jsonschema import ValidationError
 
     with pytest.raises(ValidationError, match="worker_start_commands"):
@@ -31,6 +34,7 @@ def test_ray_up_refuses_a_misspelt_field() -> None:
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_the_launcher_starts_ray_in_the_environment_of_the_readme(commands: str) -> None:
+    """Ray starts with all variables that the README asks for."""
     start = _launcher()[commands][-1]
     found = dict(re.findall(r"\b(RAY_[A-Z_]+)=(\S+?);?(?= |$)", start))
     expected = readme_variables()
@@ -40,21 +44,27 @@ def test_the_launcher_starts_ray_in_the_environment_of_the_readme(commands: str)
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_the_launchers_commands_are_bash(commands: str) -> None:
+    """Bash can parse them."""
     for command in _launcher()[commands]:
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
 def test_the_token_of_this_user_goes_to_the_nodes() -> None:
+    """It goes to where Ray looks for it, in the home folder of the user of ssh."""
     user = _launcher()["auth"]["ssh_user"]
     assert _launcher()["file_mounts"] == {f"/home/{user}/.ray/auth_token": "~/.ray/auth_token"}
 
 
 def test_shellcheck_finds_nothing_in_the_slurm_script() -> None:
-    done = subprocess.run(["shellcheck", CLUSTER / "slurm.sbatch"], capture_output=True, text=True)
+    """Shellcheck has nothing to say about it."""
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", CLUSTER / "slurm.sbatch"], capture_output=True, text=True
+    )
     assert done.stdout + done.stderr == ""
 
 
 def test_the_slurm_script_starts_ray_in_the_environment_of_the_readme() -> None:
+    """Ray starts with all variables that the README asks for."""
     text = (CLUSTER / "slurm.sbatch").read_text()
     exported = set(re.findall(r"\b(RAY_[A-Z_]+)\b", " ".join(re.findall(r"^export (.*)$", text, re.MULTILINE))))
     expected = readme_variables()

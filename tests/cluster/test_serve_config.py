@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from raylm.config import ServeConfig
 
@@ -23,13 +22,18 @@ def _in_rayservice() -> dict[str, Any]:
     return config
 
 
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # Ray's own
 @pytest.mark.parametrize("config", [_serve_yaml(), _in_rayservice()], ids=["serve.yaml", "rayservice.yaml"])
 def test_ray_serve_takes_the_config(config: dict[str, Any]) -> None:
+    """It is valid by the schema of `serve deploy`."""
+    from ray.serve.schema import ServeDeploySchema
+
     ServeDeploySchema.model_validate(config)
 
 
 @pytest.mark.parametrize("config", [_serve_yaml(), _in_rayservice()], ids=["serve.yaml", "rayservice.yaml"])
 def test_raylm_takes_the_arguments(config: dict[str, Any]) -> None:
+    """The arguments are a configuration of raylm."""
     (application,) = config["applications"]
     ServeConfig.parse(application["args"])
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ steps=()
 trap 'kill "${{steps[@]}}"' TERM
 for node in "${{nodes[@]}}"; do
     "$@" --node-ip-address="$node" --num-cpus=2 --object-store-memory=100000000 --temp-dir="$STUB_TEMP" \\
-        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --include-dashboard=false &
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
     steps+=($!)
 done
 wait
@@ -68,6 +70,7 @@ class Submitted:
     process: subprocess.Popen[str]
     folder: Path
     mark: str
+    temp: Path
 
     def left(self) -> list[str]:
         """Return the processes of it that are still there."""
@@ -79,6 +82,7 @@ class Submitted:
             if _has(process, self.mark):
                 process.kill()
         self.process.communicate()
+        shutil.rmtree(self.temp, ignore_errors=True)
 
 
 def _has(process: psutil.Process, mark: str) -> bool:
@@ -117,7 +121,7 @@ def _submit(folder: Path, *command: str) -> Submitted:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return Submitted(process, folder, mark)
+    return Submitted(process, folder, mark, temp)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(8)))
     job = _submit(folder, "bash", "job.sh")
     try:
-        output, _ = job.process.communicate(timeout=240)
+        output, _ = job.process.communicate(timeout=120)
         print(output)
         yield job
     finally:
@@ -136,16 +140,19 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
 
 
 def test_the_job_ends_as_its_command_does(done: Submitted) -> None:
+    """Slurm sees the command's exit code."""
     assert done.process.returncode == 0
 
 
 def test_the_command_runs_on_a_cluster_of_all_nodes(done: Submitted) -> None:
+    """When the command starts, all nodes have joined."""
     seen = json.loads((done.folder / "nodes.json").read_text())
     assert sorted(seen["nodes"]) == list(_NODES)
     assert seen["cpus"] == 2 * len(_NODES)
 
 
 def test_ray_asks_for_a_token(done: Submitted) -> None:
+    """The cluster has token authentication."""
     assert json.loads((done.folder / "nodes.json").read_text())["mode"] == "token"
 
 
@@ -157,16 +164,19 @@ def test_a_batch_has_actors_on_all_nodes(done: Submitted) -> None:
 
 
 def test_nothing_is_left_of_a_job(done: Submitted) -> None:
+    """No process of it outlives the script."""
     assert done.left() == []
 
 
 def test_a_job_whose_time_is_up_ends_its_command_and_then_its_nodes(tmp_path: Path) -> None:
+    """SIGTERM lets the command end in order, and leaves nothing."""
     (tmp_path / "job.sh").write_text(_WAITING_JOB)
     job = _submit(tmp_path, "bash", "job.sh")
     try:
         while not (tmp_path / "runs").exists():
             assert job.process.poll() is None, job.process.communicate()[0]
-            psutil.wait_procs([psutil.Process(job.process.pid)], timeout=0.2)
+            with suppress(subprocess.TimeoutExpired):
+                job.process.wait(0.2)
         job.process.send_signal(signal.SIGTERM)
         job.process.communicate(timeout=60)
         assert job.process.returncode == 128 + signal.SIGTERM
@@ -177,6 +187,7 @@ def test_a_job_whose_time_is_up_ends_its_command_and_then_its_nodes(tmp_path: Pa
 
 
 def test_a_job_without_a_command_says_how(tmp_path: Path) -> None:
+    """The script says how it is used."""
     job = _submit(tmp_path)
     output, _ = job.process.communicate(timeout=60)
     assert job.process.returncode == 2

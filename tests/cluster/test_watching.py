@@ -62,6 +62,7 @@ def _series(query: str) -> set[str]:
 
 @pytest.mark.parametrize("query", _QUERIES)
 def test_a_query_asks_for_metrics_that_there_are(query: str) -> None:
+    """Raylm's endpoint exports them, or Ray's own dashboards ask for them."""
     series = _series(query)
     assert series
     assert series - set(_exported()) - _rays() == set()
@@ -69,6 +70,7 @@ def test_a_query_asks_for_metrics_that_there_are(query: str) -> None:
 
 @pytest.mark.parametrize("query", [query for query in _QUERIES if "raylm_" in query])
 def test_a_query_asks_for_labels_that_there_are(query: str) -> None:
+    """Filters and groups are by labels that the series have."""
     exported = _exported()
     filters = re.findall(r"(\w+)\{([^}]*)\}", query)
     asked = {name: set(re.findall(r"(\w+) *(?:=~|!~|!=|=)", labels)) for name, labels in filters}
@@ -80,6 +82,7 @@ def test_a_query_asks_for_labels_that_there_are(query: str) -> None:
 
 @pytest.mark.parametrize("panel", _PANELS, ids=lambda panel: str(panel["title"]))
 def test_a_legend_names_labels_that_the_query_keeps(panel: dict[str, Any]) -> None:
+    """A legend has no label that was summed over."""
     for target in panel["targets"]:
         kept = re.findall(r"\bby \(([^)]*)\)", target["expr"])
         named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
@@ -87,12 +90,14 @@ def test_a_legend_names_labels_that_the_query_keeps(panel: dict[str, Any]) -> No
 
 
 def test_every_metric_of_raylm_is_on_the_dashboard() -> None:
+    """What raylm exports is shown."""
     asked = {re.sub(r"_(total|bucket|sum|count)$", "", name) for query in _QUERIES for name in _series(query)}
     families = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in _exported()}
     assert families - asked == {"raylm_slot_running"}  # which outstanding tokens say better
 
 
 def test_the_dashboard_has_what_grafana_asks_for() -> None:
+    """It has the fields of a dashboard, and panels of known types with ids of their own."""
     assert _DASHBOARD["title"]
     assert re.fullmatch(r"[a-zA-Z0-9_-]{1,40}", _DASHBOARD["uid"])
     assert _DASHBOARD["schemaVersion"] >= 36
@@ -106,12 +111,14 @@ def test_the_dashboard_has_what_grafana_asks_for() -> None:
 
 
 def test_its_variables_are_defined() -> None:
+    """No query has a variable that there is not, and no variable is without use."""
     defined = {variable["name"] for variable in _DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(_PANELS)))
     assert used == defined
 
 
 def test_no_panel_lies_on_another() -> None:
+    """The panels share the grid."""
     cells = [
         {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         for at in (panel["gridPos"] for panel in _PANELS)
@@ -121,6 +128,7 @@ def test_no_panel_lies_on_another() -> None:
 
 
 def test_prometheus_has_jobs_with_targets() -> None:
+    """raylm, Ray and Triton are scraped."""
     (config,) = documents("prometheus.yaml")
     assert set(config) == {"global", "scrape_configs"}
     names = [job["job_name"] for job in config["scrape_configs"]]
@@ -130,6 +138,7 @@ def test_prometheus_has_jobs_with_targets() -> None:
 
 
 def test_prometheus_keeps_the_port_of_rays_metrics() -> None:
+    """The port's name is that of the pods."""
     job = documents("prometheus.yaml")[0]["scrape_configs"][1]
     (kept,) = (
         rule["regex"]
@@ -141,6 +150,7 @@ def test_prometheus_keeps_the_port_of_rays_metrics() -> None:
 
 
 def test_prometheus_finds_triton() -> None:
+    """The target is the Service's port for metrics."""
     targets = documents("prometheus.yaml")[0]["scrape_configs"][2]["static_configs"][0]["targets"]
     listening = {port["name"]: port["port"] for port in find("triton.yaml", "Service")["spec"]["ports"]}
     assert targets == [f"triton.default.svc:{listening['metrics']}"]
@@ -153,4 +163,4 @@ def test_the_commented_part_is_valid_too() -> None:
     assert with_keys["scrape_configs"][0]["authorization"] == {"credentials_file": "/run/secrets/raylm"}
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
-    assert f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}" in text
+    assert f"/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}" in text
