@@ -36,9 +36,11 @@ done
 [[ ${{#nodes[@]}} == "$count" ]] || exit 9
 steps=()
 trap 'kill "${{steps[@]}}"' TERM
+head=()
+[[ " $* " != *" --head "* ]] || head=(--include-dashboard=false)
 for node in "${{nodes[@]}}"; do
     "$@" --node-ip-address="$node" --num-cpus=2 --object-store-memory=100000000 --temp-dir="$STUB_TEMP" \\
-        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "${{head[@]}}" &
     steps+=($!)
 done
 wait
@@ -92,7 +94,7 @@ def _has(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def _submit(folder: Path, *command: str) -> Submitted:
+def _submit(folder: Path, *command: str, num_nodes: int = len(_NODES)) -> Submitted:
     programs = folder / "bin"
     programs.mkdir()
     srun = programs / "srun"
@@ -110,7 +112,7 @@ def _submit(folder: Path, *command: str) -> Submitted:
         "RAYLM_RAY_PORT": str(port),
         "STUB_TEMP": str(temp),
         "SLURMD_NODENAME": _NODES[0],
-        "SLURM_JOB_NUM_NODES": str(len(_NODES)),
+        "SLURM_JOB_NUM_NODES": str(num_nodes),
         "RAY_raylet_start_wait_time_s": "180",  # a busy machine takes longer than Ray's 30 s
     }
     process = subprocess.Popen(
@@ -181,6 +183,19 @@ def test_a_job_whose_time_is_up_ends_its_command_and_then_its_nodes(tmp_path: Pa
         job.process.communicate(timeout=60)
         assert job.process.returncode == 128 + signal.SIGTERM
         assert (tmp_path / "ended-in-order").exists()
+        assert job.left() == []
+    finally:
+        job.end()
+
+
+def test_a_job_ends_when_a_node_does_not_start(tmp_path: Path) -> None:
+    """The stub refuses the second step, for which it has too few nodes; the command is not run."""
+    job = _submit(tmp_path, "touch", "ran", num_nodes=len(_NODES) + 1)
+    try:
+        output, _ = job.process.communicate(timeout=60)
+        assert job.process.returncode == 1
+        assert "not all of 3 Ray nodes came up" in output
+        assert not (tmp_path / "ran").exists()
         assert job.left() == []
     finally:
         job.end()
