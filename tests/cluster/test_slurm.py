@@ -134,7 +134,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(8)))
     job = _submit(folder, "bash", "job.sh")
     try:
-        output, _ = job.process.communicate(timeout=120)
+        output, _ = job.process.communicate(timeout=240)
         print(output)
         yield job
     finally:
@@ -153,8 +153,8 @@ def test_the_command_runs_on_a_cluster_of_all_nodes(done: Submitted) -> None:
     assert seen["cpus"] == 2 * len(_NODES)
 
 
-def test_ray_asks_for_a_token(done: Submitted) -> None:
-    """The cluster has token authentication."""
+def test_ray_is_told_to_ask_for_a_token(done: Submitted) -> None:
+    """The command has the same environment as the nodes."""
     assert json.loads((done.folder / "nodes.json").read_text())["mode"] == "token"
 
 
