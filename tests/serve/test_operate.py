@@ -27,13 +27,11 @@ from raylm.ports import free_port, holder
 ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
 
 _RAYLM = [sys.executable, "-c", "from raylm.cli import main; main()"]
-_BOUND = [
-    sys.executable,
-    "-c",
-    "import ctypes, runpy, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); del sys.argv[0]; "
-    'runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)',
-]
-"""Runs a module that ends with the tests, however these end."""
+_MAIN = """import ctypes, runpy, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with the tests, however these end
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 _TIMEOUT_S = 120.0
 
@@ -53,7 +51,9 @@ class Cluster:
         command += ["--disable-usage-stats"]
         self.log = folder / "start.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*_BOUND, *command], stdout=log, stderr=log, env=self.environment)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, *command], stdout=log, stderr=log, env=self.environment
+            )
         self.wait(lambda: not self.run("status").returncode)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
