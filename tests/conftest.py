@@ -14,6 +14,12 @@ from raylm.config import EngineConfig, PoolConfig, SessionConfig
 from raylm.conversation import Conversations
 from raylm.messages import GenerationConfig, Request
 from raylm.pool import Pool
+from tests.multinode import rig
+
+
+def pytest_report_header() -> str:
+    """Say what the nodes of tests/multinode are."""
+    return f"multinode: {rig.how_here()}"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ray.cluster_utils import Cluster
@@ -30,16 +31,23 @@ class Nodes:
 
     Args:
         nodes: What each has beside four CPUs, as `ray.cluster_utils.Cluster.add_node` takes it.
+        environment: Their environment.
+
+    Attributes:
+        address: Where their GCS listens.
+        ids: Ray's ids of them, without the head.
+        pid: The process that has started them all.
     """
 
-    def __init__(self, nodes: list[dict[str, Any]]) -> None:
+    def __init__(self, nodes: list[dict[str, Any]], environment: Mapping[str, str] = ENVIRONMENT) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.actors.nodes", json.dumps(nodes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=ENVIRONMENT,
+            env=environment,
         )
+        self.pid = self._process.pid
         answer = self._answer()
         self.address: str = answer["address"]
         self.ids: list[str] = answer["ids"]

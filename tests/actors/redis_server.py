@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,13 @@ class RedisServer:
     Args:
         folder: Where it keeps that.
         options: More of the program's own options.
+        within: The command that runs it, with the program's own after it, where that is not to be on this machine's
+            network.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, within: Sequence[str] = ()) -> None:
         self._options = options
+        self._within = within
         self._program = find_redis_server()
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
@@ -44,7 +48,7 @@ class RedisServer:
         """Start it, or start it again; returns when it answers."""
         options = ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(self._folder)]
         self._process = subprocess.Popen(
-            [self._program, "--bind", "127.0.0.1", "--port", str(self.port), *options, *self._options],
+            [*self._within, self._program, "--bind", "127.0.0.1", "--port", str(self.port), *options, *self._options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

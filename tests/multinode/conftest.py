@@ -1,0 +1,48 @@
+"""One cluster for the tests of a file, whole before each of them, and what must be true after each."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from tests.multinode.driver import Driver
+from tests.multinode.rig import Rig, start_rig
+
+ENVIRONMENT = {
+    # Ray takes a node for dead after five checks of up to two seconds each, a second apart; by default it takes up to a
+    # minute.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+}
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """A head and three nodes with four GPUs each."""
+    with start_rig(environment=ENVIRONMENT) as rig:
+        yield rig
+
+
+@pytest.fixture
+async def driver(rig: Rig) -> AsyncIterator[Driver]:
+    """A program on the whole cluster, which has given all GPUs back after the test, and left no process."""
+    await asyncio.to_thread(rig.restore)
+    async with Driver.on(rig) as driver:
+        yield driver
+        await driver.ask("end")
+        for node in rig.nodes:
+            left = [title for title in map(_title, rig.processes(node)) if title.startswith("ray::") and _is_ours(title)]
+            assert not left, f"orphans on node {node.number}: {left}"
+
+
+def _is_ours(title: str) -> bool:
+    return "Actor" in title
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""

@@ -1,0 +1,66 @@
+"""What goes on when the head's GCS has died. `docs/guides/cluster.md` says it to users."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from tests.multinode.conftest import ENVIRONMENT
+from tests.multinode.driver import Driver, OrderError
+from tests.multinode.rig import start_rig
+from tests.multinode.test_nodes import POOL, SIMULATED, all_right
+
+pytestmark = pytest.mark.timeout(300)
+
+RECONNECT_S = 20
+"""How long Ray's processes do without a GCS before they end themselves; Ray's default is a minute."""
+
+
+async def test_gcs_dies_and_comes_back_with_redis() -> None:
+    """With Redis nothing of the cluster is lost: what runs goes on, and what was asked for meanwhile is done later."""
+    with await asyncio.to_thread(start_rig, 2, ENVIRONMENT, redis=True) as rig:
+        async with Driver.on(rig) as driver:
+            await driver.ask("serve", engines=[{**SIMULATED, "replicas": 4}], pool=POOL)
+            before = await driver.ask("up")
+            await driver.ask("crowd", size=64, num_tokens=1500)
+            await asyncio.to_thread(rig.kill_gcs)
+            killed_at = time.monotonic()
+            await driver.ask("answer", size=16)
+            print(f"answered {time.monotonic() - killed_at:.1f} s after the death of the GCS")
+            victim = before[0]["pid"]
+            os.kill(victim, signal.SIGKILL)
+            await driver.ask("answer", size=16)
+            print(f"answered again {time.monotonic() - killed_at:.1f} s after")
+            await asyncio.to_thread(rig.restart_gcs)
+            after = await driver.ask("up", gone=[victim])
+            print(f"all up {time.monotonic() - killed_at:.1f} s after")
+            assert [slot["pid"] for slot in after[1:]] == [slot["pid"] for slot in before[1:]]
+            outcome = await driver.ask("finish")
+            print(outcome)
+            assert outcome["failed"] == []
+            assert outcome["right"] == 64
+            await driver.ask("accounts", num_gpus=4)
+            await driver.ask("end")
+
+
+async def test_gcs_dies_without_redis() -> None:
+    """Without Redis what runs goes on for as long as Ray waits for a GCS; then the whole cluster ends, in order."""
+    environment = {**ENVIRONMENT, "RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_S)}
+    with await asyncio.to_thread(start_rig, 2, environment) as rig:
+        async with Driver.on(rig) as driver:
+            await driver.ask("serve", engines=[{**SIMULATED, "replicas": 4}], pool=POOL)
+            await driver.ask("up")
+            await driver.ask("crowd", size=64, num_tokens=350)
+            await asyncio.to_thread(rig.kill_gcs)
+            killed_at = time.monotonic()
+            await driver.ask("answer", size=16)
+            await asyncio.to_thread(print, f"answered {time.monotonic() - killed_at:.1f} s after the death of the GCS")
+            code = await driver.ended()
+            print(f"the program ended with {code} {time.monotonic() - killed_at:.1f} s after")
+            for node in rig.nodes[::-1]:
+                await asyncio.to_thread(rig.gone, node)
+            print(f"the cluster ended {time.monotonic() - killed_at:.1f} s after")
