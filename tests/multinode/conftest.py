@@ -2,13 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 
-import psutil
 import pytest
 
 from tests.multinode.driver import Driver
-from tests.multinode.rig import Rig, start_rig
+from tests.multinode.rig import Rig, start_rig, title
 
 ENVIRONMENT = {
     # Ray takes a node for dead after five checks of up to two seconds each, a second apart; by default it takes up to a
@@ -34,15 +32,5 @@ async def driver(rig: Rig) -> AsyncIterator[Driver]:
         yield driver
         await driver.ask("end")
         for node in rig.nodes:
-            left = [title for title in map(_title, rig.processes(node)) if title.startswith("ray::") and _is_ours(title)]
+            left = [found for found in map(title, rig.processes(node)) if "Actor" in found]
             assert not left, f"orphans on node {node.number}: {left}"
-
-
-def _is_ours(title: str) -> bool:
-    return "Actor" in title
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""

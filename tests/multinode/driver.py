@@ -17,16 +17,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
+import ray.exceptions
 from pydantic import TypeAdapter
 from ray._private import state
 
 from raylm.actors.cluster import connect, nodes
 from raylm.actors.manager import NAMESPACE, PoolManager
-from raylm.actors.manager_actor import end, serve
+from raylm.actors.manager_actor import end, find, serve
 from raylm.config import EngineConfig, ModelConfig, PoolConfig, SessionConfig
 from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.errors import RaylmError, SessionBusyError
@@ -296,6 +297,30 @@ class _Program:
         await self._pools[number].aclose()
         await self._managers[number].aclose()
 
+    async def move_manager(self, node: str) -> None:
+        """Have Ray start the manager's process again until it is on a node."""
+        while True:
+            manager = await asyncio.to_thread(find, MODEL)
+            await manager.__ray_ready__.remote()
+            if (await self.where())["manager"] == node:
+                await manager.start.remote()
+                return
+            ray.kill(manager, no_restart=False)
+            with suppress(ray.exceptions.RayActorError):
+                while True:  # until it is dead
+                    await manager.__ray_ready__.remote()
+                    await asyncio.sleep(0.05)
+            await self._until_answers(manager)
+
+    async def _until_answers(self, actor: Any) -> None:
+        while True:
+            try:
+                await actor.__ray_ready__.remote()
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.1)
+            else:
+                return
+
     async def where(self) -> dict[str, str]:
         """Return the nodes of the manager and of the session store."""
         return await asyncio.to_thread(_where)
@@ -370,7 +395,7 @@ class _Program:
         self, session: _Session, text: str, num_tokens: int
     ) -> tuple[_Answer, Callable[[_Answer], Awaitable[None]]]:
         question = Message("user", text)
-        asked = tuple([*session.transcript, question])
+        asked = (*session.transcript, question)
         start = not session.transcript
 
         def make(transcript: tuple[Message, ...]) -> Request:

@@ -1,11 +1,12 @@
 """A Ray cluster of several machines, on this one, and everything that may happen to a machine.
 
-A node is what `ray start` makes of it, in a network namespace of its own, with an address, a host name and a folder of its
-own. A cable, which can be pulled, joins it to a switch, which is a namespace too: nothing of this is to be seen in the
-machine's own network. GPUs are numbers. The head, which is node 0, has none; programs that use the cluster run on it.
+A node is what `ray start` makes of it, in a network namespace of its own, with an address, a host name and a folder of
+its own. A cable, which can be pulled, joins it to a switch, which is a namespace too: nothing of this is to be seen in
+the machine's own network. GPUs are numbers. The head, which is node 0, has none; programs that use the cluster run on
+it.
 
-Where such namespaces cannot be made the nodes are those of `ray.cluster_utils.Cluster`, all on one address. They have no
-cable, and their memory is the machine's; tests that need either are skipped.
+Where such namespaces cannot be made the nodes are those of `ray.cluster_utils.Cluster`, all on one address. They have
+no cable, and their memory is the machine's; tests that need either are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -160,10 +161,15 @@ class Rig:
                 process.send_signal(signal.SIGKILL)
         self.gone(node)
 
-    def gone(self, node: Node) -> None:
-        """Wait until a node that has died has no process left, and forget it."""
+    def gone(self, node: Node, *, but: Container[str] = ()) -> None:
+        """Wait until a node that has died has no process left, and forget it.
+
+        Args:
+            node: The node.
+            but: Titles of processes that may be left.
+        """
         deadline = time.monotonic() + _END_TIMEOUT_S
-        while left := self.processes(node):
+        while left := [one for one in self.processes(node) if title(one) not in but]:
             assert time.monotonic() < deadline, f"orphans of {node}: {left}"
             time.sleep(0.05)
         self.nodes.remove(node)
@@ -196,9 +202,15 @@ class Rig:
     def restart_gcs(self) -> None:
         """Start the GCS again as it was, which is what restarts the head in a real cluster."""
         command, environment = self._gcs
-        subprocess.Popen(
+        gcs = subprocess.Popen(
             self.on_head(command), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+
+        def end() -> None:
+            gcs.kill()
+            gcs.wait()
+
+        self._stack.callback(end)
 
     def _start(self) -> None:
         raise NotImplementedError
@@ -222,7 +234,7 @@ class NamespaceRig(Rig):
     def _start(self) -> None:
         self._name = next(_names)
         self._numbers = itertools.count()
-        self._folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))  # noqa: S108  (socket paths are short)
+        self._folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))  # the paths of sockets have to be short
         self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._switch = f"{self._name}s"
         _add_namespace(self._switch)
@@ -258,8 +270,8 @@ class NamespaceRig(Rig):
 
     def fill_memory(self, node: Node, share: float) -> subprocess.Popen[str]:
         assert node.memory is not None
-        arguments = [str(int(node.memory_bytes * share)), str(node.memory / _MEMORY_FILES[1])]
-        arguments.append(str(node.memory / "memory.stat"))
+        own = _memory_root()  # the node sees its own cgroup there, and no other
+        arguments = [str(int(node.memory_bytes * share)), str(own / _MEMORY_FILES[1]), str(own / "memory.stat")]
         filler = subprocess.Popen(
             self._inside(node, [sys.executable, "-c", _FILL, *arguments]),
             stdin=subprocess.PIPE,
@@ -268,7 +280,7 @@ class NamespaceRig(Rig):
             env=self.environment,
         )
         assert filler.stdout is not None
-        assert filler.stdout.readline() == "full\n"
+        assert filler.stdout.readline() == "full\n", f"it ended with {filler.wait()}"
         return filler
 
     def _plug(self) -> Node:
@@ -364,16 +376,14 @@ class PlainRig(Rig):
         node.processes_seen = living
         return living
 
-    def cut(self, node: Node) -> None:
+    def cut(self, node: Node) -> None:  # noqa: ARG002
         pytest.skip(f"no node has a cable: {how_here()}")
 
     def _descendants(self) -> list[psutil.Process]:
         return psutil.Process(self._cluster.pid).children(recursive=True)
 
 
-def start_rig(
-    num_nodes: int = NUM_NODES, environment: Mapping[str, str] | None = None, *, redis: bool = False
-) -> Rig:
+def start_rig(num_nodes: int = NUM_NODES, environment: Mapping[str, str] | None = None, *, redis: bool = False) -> Rig:
     """Start a cluster, with networks where that is possible. See `Rig`."""
     return (PlainRig if refusal() else NamespaceRig)(num_nodes, environment, redis=redis)
 
@@ -457,6 +467,13 @@ def _processes(pids: Iterable[int]) -> list[psutil.Process]:
     return found
 
 
+def title(process: psutil.Process) -> str:
+    """Return a process's command line, which is a title for those of Ray; "" when it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
 def _is(process: psutil.Process, program: str) -> bool:
     try:
         return Path(process.exe()).name == program
@@ -469,9 +486,7 @@ def _node_id(raylet: psutil.Process) -> str:
 
 
 _V1 = Path("/sys/fs/cgroup/memory")
-_MEMORY_FILES = (
-    ("memory.limit_in_bytes", "memory.usage_in_bytes") if _V1.exists() else ("memory.max", "memory.current")
-)
+_MEMORY_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes") if _V1.exists() else ("memory.max", "memory.current")
 
 
 def _memory_root() -> Path:
