@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -37,6 +39,9 @@ _ROOM_INTERVAL_S = 5.0
 
 _HEALTH_INTERVAL_S = 5.0
 _HEALTH_TIMEOUT_S = 10.0
+
+_ALIVE_S = 2.0
+"""An actor that is well has answered by then."""
 
 _MAX_UNHEALTHY = 2
 """An actor that fails this many health checks in a row is replaced."""
@@ -303,10 +308,19 @@ class Fleet:
             raise InvalidRequestError(f"slot: {self._config.name} has no slot {number}; there are: {there_are}")
         self._retire(slot)
 
-    def replace(self, number: int, pid: int) -> None:
-        """Have the process of a slot ended, and started anew; see `PoolManager.replace`."""
+    async def replace(self, number: int, pid: int) -> None:
+        """Have the process of a slot ended, and started anew; see `PoolManager.replace`.
+
+        A pool that was cut off asks for it late, of an actor that is well: that is left alone.
+        """
         slot = self.slots.get(number)
-        if slot is not None and number in self._manager.actors and (slot.info is None or slot.info.pid == pid):
+        if slot is None or slot.info is None or slot.info.pid != pid or number not in self._manager.actors:
+            return
+        with suppress(TimeoutError, ray.exceptions.RayError):
+            async with asyncio.timeout(_ALIVE_S):
+                await slot.actor.check_health.remote()
+            return
+        if number in self._manager.actors and await in_charge():
             self._manager.replace(number, pid)
 
     async def aclose(self) -> None:
@@ -323,7 +337,7 @@ class Fleet:
         await asyncio.sleep(pause_s)
         for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
             self._own(self._see_off(slot, works=True))
-        while True:
+        while await in_charge():
             self._changed.clear()
             try:
                 await self._autoscale()
@@ -463,7 +477,7 @@ class Fleet:
             num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
             slot.phase, slot.detail = "up", ""
             self._changed.set()
-            if not await self._is_well(slot):
+            if not await self._is_well(slot) and await in_charge():
                 self._manager.replace(slot.number, info.pid)
             slot.phase = "starting"
 
@@ -500,7 +514,8 @@ class Fleet:
         slot.phase, slot.detail = "failed", words
         self._changed.set()
         await self._clients.seen(self._clients.publish())
-        await self._manager.remove(slot.number)
+        if await in_charge():
+            await self._manager.remove(slot.number)
 
     def _retire(self, slot: Slot) -> None:
         """Begin to drain a slot, once."""
@@ -527,6 +542,8 @@ class Fleet:
                         await self._clients.heard()
             except TimeoutError:
                 _log.warning("slot %d of %s is still busy: what it has moves", slot.number, self._config.name)
+        if not await in_charge():
+            return
         del self.slots[slot.number]
         await self._clients.seen(self._clients.publish())
         if slot.number in self._manager.actors:
@@ -552,6 +569,17 @@ class Fleet:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a fleet broke", "exception": error})
+
+
+async def in_charge() -> bool:
+    """Return whether Ray takes this process for the manager that it is.
+
+    On a node that is cut off everybody else is silent, and Ray starts the manager elsewhere. What this process asks of
+    Ray then would be carried out when the network is back, on actors that are well and in use. This answers no sooner.
+    """
+    context = ray.get_runtime_context()
+    known = await asyncio.to_thread(state.actors, context.get_actor_id())
+    return bool(known) and (known["Address"]["NodeID"], known["Pid"]) == (context.get_node_id(), os.getpid())
 
 
 def _num_restarts(actor: Any) -> int:

@@ -22,7 +22,7 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.fleet import Fleet, Record, delete_record, load_record, save_record
+from raylm.actors.fleet import Fleet, Record, delete_record, in_charge, load_record, save_record
 from raylm.actors.manager import NAMESPACE, PoolManager, end_all
 from raylm.config import ModelConfig
 from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
@@ -200,7 +200,7 @@ class ManagerActor:
 
     async def replace(self, slot: int, pid: int) -> None:
         """See `PoolManager.replace`."""
-        (await self._fleet()).replace(slot, pid)
+        await (await self._fleet()).replace(slot, pid)
 
     async def scale(self, replicas: int, group: int | None) -> None:
         """See `Fleet.scale`."""
@@ -294,8 +294,9 @@ class ManagerActor:
             if self._clients:
                 left_at = time.monotonic()
             elif time.monotonic() - left_at > POOL_LEASE_S:
-                _log.warning("nobody has used model %s for %.0f s: its actors end", self._config.name, POOL_LEASE_S)
-                await (await self._fleet()).aclose()
+                if await in_charge():
+                    _log.warning("nobody has used model %s for %.0f s: its actors end", self._config.name, POOL_LEASE_S)
+                    await (await self._fleet()).aclose()
                 ray.actor.exit_actor()
 
 
