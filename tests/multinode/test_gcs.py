@@ -46,6 +46,7 @@ async def test_gcs_dies_and_comes_back_with_redis() -> None:
             print(outcome)
             assert outcome["failed"] == []
             assert outcome["right"] == 64
+            assert outcome["moves"]["moved:died"] > 0
             await driver.ask("accounts", num_gpus=4)
             await driver.ask("end")
 
@@ -56,16 +57,18 @@ async def test_gcs_dies_without_redis() -> None:
     with await asyncio.to_thread(start_rig, 2, environment) as rig:
         async with Driver.on(rig) as driver:
             await driver.ask("serve", engines=[{**SIMULATED, "replicas": 4}], pool=POOL)
-            await driver.ask("up")
+            slots = await driver.ask("up")
             await driver.ask("crowd", size=64, num_tokens=350)
             await asyncio.to_thread(rig.kill_gcs)
             killed_at = time.monotonic()
             await driver.ask("answer", size=16)
             print(f"answered {time.monotonic() - killed_at:.1f} s after the death of the GCS")
+            os.kill(slots[0]["pid"], signal.SIGKILL)
             outcome = await driver.ask("finish")
             print(outcome)
             assert outcome["failed"] == []
             assert outcome["right"] == 64
+            assert outcome["moves"]["moved:died"] > 0
             code = await driver.ended()
             print(f"the program ended with {code} {time.monotonic() - killed_at:.1f} s after")
             for node in rig.nodes[:0:-1]:
