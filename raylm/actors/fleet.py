@@ -337,9 +337,11 @@ class Fleet:
         await asyncio.sleep(pause_s)
         for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
             self._own(self._see_off(slot, works=True))
-        while await in_charge():
+        while True:
             self._changed.clear()
             try:
+                if not await in_charge():
+                    return
                 await self._autoscale()
                 await self._step()
             except Exception:  # noqa: BLE001 - whatever went wrong, it must go on to look after the actors

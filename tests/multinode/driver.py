@@ -33,6 +33,7 @@ from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.errors import RaylmError, SessionBusyError
 from raylm.link import Link, PollReply
 from raylm.messages import GenerationConfig, Message, Request
+from raylm.operate import scale, states
 from raylm.pool import Pool
 from raylm.served import ServedPool
 from raylm.stream import Stream
@@ -200,11 +201,28 @@ class _Program:
     async def hello(self) -> None:
         """Do nothing."""
 
-    async def serve(self, engines: list[dict[str, Any]], pool: dict[str, Any] | None = None) -> None:
+    async def serve(self, engines: list[dict[str, Any]], **settings: Any) -> None:
         """Serve a model, and join its pools."""
-        await serve(ModelConfig.model_validate({"name": MODEL, "engines": engines, "pool": pool or {}}))
+        await serve(_model(engines, settings))
         self._served = await ServedPool.open(MODEL)
         await self._served.ready()
+
+    async def update(self, engines: list[dict[str, Any]], **settings: Any) -> None:
+        """Have the model's actors replaced by others."""
+        await serve(_model(engines, settings), time.time_ns())
+
+    async def scale(self, replicas: int) -> None:
+        """Have the model consist of so many actors."""
+        await scale(MODEL, replicas)
+
+    async def settled(self, replicas: int, model_name: str = "simulated") -> None:
+        """Wait until the model has so many actors, all up and of that name, here and at its manager."""
+        while True:
+            (found,) = await states()
+            slots = [(slot.slot, slot.state, slot.model) for slot in found.slots]
+            if slots == [(number, "up", model_name) for number in self._pool.slots] and len(slots) == replicas:
+                return
+            await asyncio.sleep(0.2)
 
     async def own(self, engines: list[dict[str, Any]], placement_timeout_s: float | None = None) -> int:
         """Start actors of this program's own, and a pool on them; return its number."""
@@ -213,7 +231,7 @@ class _Program:
         self._managers.append(manager)
         pool = Pool(PoolConfig(), replace=manager.replace)
         self._pools.append(pool)
-        await asyncio.gather(*(pool.attach(slot, actor) for slot, actor in enumerate(manager.actors)))
+        await asyncio.gather(*(pool.attach(slot, actor) for slot, actor in manager.actors.items()))
         return len(self._pools) - 1
 
     async def answer(self, size: int, num_tokens: int = 20, pool: int | None = None) -> None:
@@ -240,13 +258,18 @@ class _Program:
 
     async def finish(self) -> dict[str, Any]:
         """Wait for all streams, run one more turn of each session, and return what has come of them all."""
-        await asyncio.gather(*self._tasks)
-        failed = [answer.error for answer in self._answers if answer.error]
-        if not failed:
+        outcome = await self.finish_streams()
+        if not outcome["failed"]:
             await asyncio.gather(*(self._say(session, "and then?", 5) for session in self._sessions))
             for session in self._sessions:
                 await self._check_owner(session)
                 await self._model.conversations.end(session.name)
+        return outcome
+
+    async def finish_streams(self) -> dict[str, Any]:
+        """Wait for all streams, and return what has come of them."""
+        await asyncio.gather(*self._tasks)
+        failed = [answer.error for answer in self._answers if answer.error]
         moves = Counter(answer.why for answer in self._answers if answer.why.startswith("moved"))
         return {
             "right": len(self._answers) - len(failed),
@@ -430,6 +453,10 @@ class _Program:
         stored = await self._model.conversations.load(session.name)
         assert list(stored.messages) == session.transcript, session.name
         assert stored.slot == answer.slot == self._pool.router.pinned(session.name), session.name
+
+
+def _model(engines: list[dict[str, Any]], settings: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.model_validate({"name": MODEL, "engines": engines, **settings})
 
 
 def _ask(prompt: str, num_tokens: int) -> Request:
