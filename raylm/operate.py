@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -136,6 +137,7 @@ def _end_application() -> bool:
 
     from raylm.serve.run import APP, serve_runs
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not serve_runs():
         return False
     applications = serve.status().applications

@@ -94,6 +94,7 @@ async def test_node_joins_while_requests_wait(rig: Rig, driver: Driver) -> None:
     await driver.ask("accounts", num_gpus=6)
     await driver.ask("end")
     await asyncio.to_thread(rig.kill_node, second)
+    await driver.ask("until_dead", node=second.id)
 
 
 async def refused(driver: Driver, engine: dict[str, Any]) -> str:

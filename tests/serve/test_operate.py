@@ -33,6 +33,8 @@ del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
+_SERVE_FILE = Path(__file__).parents[2] / "cluster" / "serve.yaml"
+
 _TIMEOUT_S = 120.0
 
 
@@ -44,9 +46,14 @@ class Cluster:
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
         self._config = folder / "serve.yaml"
+        self._dashboard_port = free_port()
         command = ["ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
         command += [f"--port={self.address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1"]
-        command += [f"--temp-dir={folder}", f"--object-store-memory={100 * 2**20}", f"--dashboard-port={free_port()}"]
+        command += [
+            f"--temp-dir={folder}",
+            f"--object-store-memory={100 * 2**20}",
+            f"--dashboard-port={self._dashboard_port}",
+        ]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += ["--disable-usage-stats"]
         self.log = folder / "start.log"
@@ -79,6 +86,21 @@ class Cluster:
         self._config.write_text(yaml.safe_dump({"models": [model]}))
         self.told("up", str(self._config), f"--port={self.port}")
 
+    def deploy(self, *engines: dict[str, Any]) -> None:
+        """Have a model consist of these engines, as `serve deploy` does it."""
+        settings = yaml.safe_load(_SERVE_FILE.read_text())
+        settings["http_options"] = {"host": "127.0.0.1", "port": self.port}
+        settings["applications"][0]["args"]["models"] = [{"name": "sim", "engines": list(engines)}]
+        self._config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(self._config)]
+        command += ["--address", f"http://127.0.0.1:{self._dashboard_port}"]
+
+        def deployed() -> bool:  # its dashboard comes up some seconds after the cluster
+            result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False, env=self.environment)
+            return result.returncode == 0
+
+        self.wait(deployed)
+
     def slots(self) -> list[dict[str, Any]]:
         """Return the model's slots."""
         (model,) = json.loads(self.told("status", "--json"))
@@ -92,6 +114,13 @@ class Cluster:
     def numbers(self) -> list[int]:
         """Return the numbers of the model's slots."""
         return [slot["slot"] for slot in self.slots()]
+
+    def is_healthy(self) -> bool:
+        """Return whether the endpoint answers."""
+        try:
+            return requests.get(f"http://127.0.0.1:{self.port}/health", timeout=5).status_code == 200
+        except requests.ConnectionError:
+            return False
 
     def generate(self, words: str, num_tokens: int = 40) -> dict[str, Any]:
         """Ask the model over HTTP."""
@@ -219,6 +248,19 @@ def test_a_model_that_is_not_served(served: Cluster, arguments: tuple[str, ...])
     result = served.run(*arguments)
     assert result.returncode == 2
     assert "no model 'other' is served on this cluster; served are: sim" in result.stderr
+
+
+def test_serve_deploy() -> None:
+    """The file in `cluster/` can be deployed, a changed one updates what runs, and `down` ends it."""
+    with a_cluster() as cluster:
+        cluster.deploy(ENGINE)
+        cluster.wait(lambda: "sim  1 of 1 up" in cluster.told("status"))
+        cluster.wait(cluster.is_healthy)
+        assert cluster.generate("hello")["receipt"]["model"] == "first"
+        cluster.deploy({**ENGINE, "model_name": "second"})
+        cluster.wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
+        cluster.told("down")
+        assert "nothing is served" in cluster.told("status")
 
 
 def test_down_leaves_nothing() -> None:
