@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -355,15 +355,12 @@ class Fleet:
     async def _step(self) -> None:
         """Do what brings the actors closer to those that are wanted."""
         await self._look_for_room()
-        loads = self._loads()
-        serving = {
-            slot.slot for report in self._clients.reports() for slot in report.statistics.slots if slot.state == "up"
-        }
-        members = []
-        for slot in self.slots.values():
-            phase = "up" if slot.phase == "starting" and slot.number in serving else slot.phase
-            members.append(Member(slot.number, slot.engine, phase, loads.get(slot.number, 0), slot.may_fit))
-        todo = steps(self._record.wanted(), members)
+        loads, wanted = self._loads(), self._record.wanted()
+        members = [
+            Member(slot.number, slot.engine, self._phase(slot, wanted), loads.get(slot.number, 0), slot.may_fit)
+            for slot in self.slots.values()
+        ]
+        todo = steps(wanted, members)
         for number in todo.drain:
             self._retire(self.slots[number])
         if todo.create:
@@ -381,6 +378,23 @@ class Fleet:
                         self._record.forget(number)
             self._room_due = 0
             self._clients.publish()
+
+    def _phase(self, slot: Slot, wanted: Collection[str]) -> Phase:
+        """Return where an actor is in its life, as those see it that it works for.
+
+        One that is to stay is up when it is for every pool, for others make way for it. One that is to go is up as long
+        as it is for any.
+        """
+        if slot.phase not in ("starting", "up"):
+            return slot.phase
+        seen = [
+            any(each.slot == slot.number and each.state == "up" for each in report.statistics.slots)
+            for report in self._clients.reports()
+        ]
+        if not seen:
+            return slot.phase
+        serves = all(seen) if slot.engine in wanted else slot.phase == "up" or any(seen)
+        return "up" if serves else "starting"
 
     async def _look_for_room(self) -> None:
         """Find out which of the actors that are not up wait for room in the cluster."""

@@ -27,6 +27,7 @@ def _exported() -> dict[str, set[str]]:
     slot = SlotStatistics(
         slot=0,
         state="up",
+        detail="",
         model="model",
         device="",
         num_running=0,

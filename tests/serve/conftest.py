@@ -38,7 +38,7 @@ def real_endpoint() -> Iterator[ServeCommand]:
 def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with keys and low limits: one gateway, and `slow`, which answers one request and queues one more.
 
-    `doomed` is there to be killed. Batches expire after three seconds.
+    `none` is there to be left without an actor. Batches expire after three seconds.
     """
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"\n{KEYS[2]}\n")
@@ -47,7 +47,7 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
     config = {
         "models": [
             {"name": "slow", "engines": [slow | {"faults": faults}], "pool": {"max_queued": 1, "max_attempts": 1}},
-            {"name": "doomed", "engines": [{"kind": "simulated"}]},
+            {"name": "none", "engines": [{"kind": "simulated"}]},
         ],
         "gateway": {
             "api_keys_env": "RAYLM_TEST_KEYS",

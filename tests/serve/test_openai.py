@@ -336,22 +336,21 @@ def test_saturated(strict: openai.OpenAI) -> None:
     assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
-KILL = """
-import sys, ray
+SCALE_TO_NONE = """
+import asyncio, sys
 from raylm.actors.cluster import connect
+from raylm.operate import scale
 connect(sys.argv[1])
-for actor in ray.util.list_named_actors(all_namespaces=True):
-    if actor["name"] == "doomed:slot-0":
-        ray.kill(ray.get_actor(**actor), no_restart=True)
+asyncio.run(scale("none", 0))
 """
 
 
 def test_no_actor(strict: openai.OpenAI, strict_endpoint: ServeCommand) -> None:
     """Without an actor that could answer, it is status 503 and says when to come again."""
-    cluster = strict_endpoint.log.read_text().rpartition("Ray cluster ")[2].split()[0]
-    subprocess.run([sys.executable, "-c", KILL, cluster], capture_output=True, timeout=120, check=True)
+    command = [sys.executable, "-c", SCALE_TO_NONE, strict_endpoint.cluster]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
     with pytest.raises(openai.InternalServerError) as caught:
-        strict.chat.completions.create(model="doomed", messages=HELLO)
+        strict.chat.completions.create(model="none", messages=HELLO)
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1
 
