@@ -26,7 +26,12 @@ from raylm.ports import free_port, holder
 
 ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
 
-_RAYLM = [sys.executable, "-c", "from raylm.cli import main; main()"]
+# A shell that started the tests in the background has SIGINT ignored, and children inherit that.
+_RAYLM = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from raylm.cli import main; main()",
+]
 _MAIN = """import ctypes, runpy, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends with the tests, however these end
 del sys.argv[0]
