@@ -17,8 +17,8 @@ _OWNER = """
 import subprocess, sys, time
 from raylm.actors.janitor import mark
 mark()
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-print(child.pid, flush=True)
+says_when_it_runs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", says_when_it_runs], start_new_session=True)
 time.sleep(600)
 """
 
