@@ -166,7 +166,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A redis-server that keeps what it has confirmed."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
@@ -175,7 +175,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def endpoint(database: RedisServer) -> Iterator[ServeCommand]:
     """Two gateways behind HAProxy, and three models.
 
