@@ -314,7 +314,9 @@ class Fleet:
         A pool that was cut off asks for it late, of an actor that is well: that is left alone.
         """
         slot = self.slots.get(number)
-        if slot is None or slot.info is None or slot.info.pid != pid or number not in self._manager.actors:
+        if slot is None or number not in self._manager.actors:
+            return
+        if slot.info is not None and slot.info.pid != pid:  # it has been replaced; one that has not answered may hang
             return
         with suppress(TimeoutError, ray.exceptions.RayError):
             async with asyncio.timeout(_ALIVE_S):

@@ -14,7 +14,7 @@ import aiohttp
 from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.messages import Message, Request
 
-LONG = 350
+LONG = 600
 """Tokens of the answers that are on their way when something breaks; at 50 tokens/s they take seven seconds."""
 
 _TIMEOUT_S = 120.0

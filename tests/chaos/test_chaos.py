@@ -148,7 +148,7 @@ async def test_queue_is_full(chaos: Chaos) -> None:
 async def test_clients_leave(chaos: Chaos) -> None:
     """Clients that close their sockets free the engines at once, and disturb nobody."""
     aborted = (await chaos.state())["num_aborted"]
-    crowd = await chaos.crowd(num_tokens=500)
+    crowd = await chaos.crowd(num_tokens=1000)
     whole = [_whole(chaos, f"whole {number}") for number in range(8)]
     await _running(chaos, at_least=len(crowd.asks) + len(whole))
     sockets = [*zip(crowd.tasks, crowd.asks, strict=True)]
