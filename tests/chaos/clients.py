@@ -15,7 +15,7 @@ from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.messages import Message, Request
 
 LONG = 600
-"""Tokens of the answers that are on their way when something breaks; at 50 tokens/s they take seven seconds."""
+"""Tokens of the answers that are on their way when something breaks; at 50 tokens/s they take twelve seconds."""
 
 _TIMEOUT_S = 120.0
 
