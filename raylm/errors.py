@@ -272,3 +272,8 @@ def _tree(base: type[RaylmError]) -> list[type[RaylmError]]:
 
 # PartialFailureError is made by the pool's own process and never crosses.
 _CLASSES = {found.__name__: found for found in _tree(RaylmError) if found is not PartialFailureError}
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line; Ray's go on for pages."""
+    return str(error).strip().partition("\n")[0]

@@ -16,7 +16,7 @@ import msgspec
 import ray.exceptions
 
 from raylm.actors.engine_actor import ActorInfo, PollReply, Submission
-from raylm.errors import ActorLostError, EngineStartError, RaylmError
+from raylm.errors import ActorLostError, EngineStartError, RaylmError, first_line
 from raylm.messages import EngineStatistics
 from raylm.stream import Stream
 
@@ -159,7 +159,7 @@ class Link:
         submission = _encode(Submission([key for key, _ in batch], requests))
         # The call leaves here and now, so that no `cancel` overtakes it.
         call = self.actor.submit.remote(self.client_id, submission)
-        self.pool._own(self._await_submit(call, self.client_id, batch))
+        self.pool._tasks.start(self._await_submit(call, self.client_id, batch))
 
     async def _await_submit(self, call: Any, client_id: str, batch: list[tuple[int, Stream]]) -> None:
         try:
@@ -174,7 +174,7 @@ class Link:
 
     def cancel(self, keys: list[int]) -> None:
         """Abort attempts at the actor."""
-        self.pool._own(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
+        self.pool._tasks.start(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
 
     async def forget(self) -> None:
         """Have the actor abort all that it does for this connection."""
@@ -207,8 +207,3 @@ def unwrap(error: ray.exceptions.RayTaskError) -> RaylmError:
     """Return the error that the actor raised, without Ray's wrapping."""
     cause = error.cause
     return cause if isinstance(cause, RaylmError) else EngineStartError(f"{type(cause).__name__}: {cause}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says in its first line; Ray's go on for pages."""
-    return str(error).strip().partition("\n")[0]

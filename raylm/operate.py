@@ -14,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raylm.actors.manager import NAMESPACE, SERVED_PLACEMENT_TIMEOUT_S
+from raylm.actors.manager import NAMESPACE, SERVED_PLACEMENT_TIMEOUT_S, named_actors
 from raylm.actors.manager_actor import end, find, served_models, told
 from raylm.actors.sessions import connect_store
 from raylm.config import ModelConfig
-from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError, PlacementError, RaylmError
+from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError, PlacementError, RaylmError, first_line
 from raylm.statistics import ModelState, SlotStatistics
 
 _ANSWER_TIMEOUT_S = 30.0
@@ -126,7 +126,7 @@ async def down() -> list[str]:
     served = sorted(await asyncio.to_thread(served_models))
     await asyncio.gather(*(end(model) for model in served))
     ended += served
-    for actor in await asyncio.to_thread(_left):
+    for actor in await asyncio.to_thread(named_actors):
         ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
         ended.append(f"actor {actor}")
     return ended
@@ -146,12 +146,6 @@ def _end_application() -> bool:
     if set(applications) <= {APP}:
         serve.shutdown()
     return APP in applications
-
-
-def _left() -> list[str]:
-    return [
-        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE
-    ]
 
 
 async def actor_of(model: str, slot: int) -> str:
@@ -183,9 +177,9 @@ def log_lines(actor: str, *, num_lines: int, follow: bool) -> Iterator[str]:
         address = ray.get_runtime_context().gcs_address
         yield from get_log(address, actor_id=actor, suffix="err", tail=num_lines, follow=follow, timeout=_LONGEST_LOG_S)
     except (RayStateApiException, ConnectionError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise NoActorError(
-            f"no log of actor {actor}: {reason}. Logs come from Ray's dashboard: `ray start --head` starts it"
+            f"no log of actor {actor}: {first_line(error)}. Logs come from Ray's dashboard: `ray start --head` starts "
+            "it"
         ) from error
 
 

@@ -31,7 +31,7 @@ import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -60,6 +60,7 @@ from raylm.messages import Completion, Delta, EngineInfo, Lane, Receipt, Request
 from raylm.routing import Reservation, Router
 from raylm.statistics import MAX_FAILURES, FailedRequest, Histogram, PoolReport, PoolStatistics, SlotStatistics
 from raylm.stream import Stream
+from raylm.tasks import Tasks
 
 _STREAM_TRIAL_S = 0.1
 """A stream on trial is acquitted by its first delta this long after its first new token. An actor that dies takes the
@@ -144,7 +145,7 @@ class Pool:
         self.guided = guided
         self._replace = replace
         self._links: dict[int, Link] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("a pool")
         self._suspects: deque[Stream] = deque()
         self._trials_at_once = 1  # in each slot
         self._lanes: dict[Lane, deque[Stream]] = {"interactive": deque(), "batch": deque()}
@@ -165,7 +166,7 @@ class Pool:
         self._failures: deque[FailedRequest] = deque(maxlen=MAX_FAILURES)
         self._first_token_s, self._token_gap_s, self._queue_s = Histogram(), Histogram(), Histogram()
         self._closed = False
-        self._own(self._watch())
+        self._tasks.start(self._watch())
 
     async def __aenter__(self) -> Self:
         return self
@@ -191,7 +192,7 @@ class Pool:
         if known is not None and known.actor == actor:
             return known.settled
         link = self._links[number] = Link(self, number, actor)
-        link.task = self._own(link.run())
+        link.task = self._tasks.start(link.run())
         self._look_for_hope()
         return link.settled
 
@@ -223,7 +224,7 @@ class Pool:
         if link.task is not None:
             link.task.cancel()
         if link.state in {"up", "suspected"}:
-            self._own(link.forget())
+            self._tasks.start(link.forget())
         link.state = "gone"
         link.outbox = []
         for stream in reversed(list(link.streams.values())):
@@ -254,9 +255,7 @@ class Pool:
         for stream in [*self._waiting(), *running]:
             self._settle(stream, error=error)
         links = [link for link in self._links.values() if link.state in {"up", "suspected"}]
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         try:
             async with asyncio.timeout(self.config.health_timeout_s):
                 await asyncio.gather(*(link.forget() for link in links))
@@ -606,7 +605,7 @@ class Pool:
         link.streams[stream._key] = stream
         link.unsent.add(stream._key)
         if stream._on_trial:
-            self._own(link.send_to_living(stream, stream._key))
+            self._tasks.start(link.send_to_living(stream, stream._key))
         else:
             link.send(stream)
 
@@ -826,7 +825,7 @@ class Pool:
             link.state = "suspected"
             self.router.suspend(link.number, suspended=True)
             self._scatter(link.number)
-            self._own(self._examine(link))
+            self._tasks.start(self._examine(link))
 
     async def _examine(self, link: Link) -> None:
         client_id = link.client_id
@@ -852,15 +851,3 @@ class Pool:
             link.state = "up"
             self.router.suspend(link.number, suspended=False)
             self._dispatch_soon()
-
-    def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a task that lives no longer than the pool, and report it if it breaks."""
-        task = self.loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._disown)
-        return task
-
-    def _disown(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.loop.call_exception_handler({"message": "a task of the pool broke", "exception": error, "task": task})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from raylm.conversation import Conversations
 from raylm.errors import EngineStartError
 from raylm.pool import Pool
 from raylm.statistics import ModelState
+from raylm.tasks import Tasks
 from raylm.template import MetaTemplate, named_template
 
 _RETRY_S = 0.2
@@ -53,7 +53,7 @@ class ServedPool:
         self._manager = manager
         self._store = store
         self._version = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("a served pool")
 
     @classmethod
     async def open(cls, model: str) -> Self:
@@ -69,12 +69,12 @@ class ServedPool:
         served: Self
 
         def replace(slot: int, pid: int) -> None:
-            served._own(served._replace(slot, pid))
+            served._tasks.start(served._replace(slot, pid))
 
         pool = Pool(config.pool, replace=replace, guided=True)
         served = cls(manager, config, pool, connect_store(config.sessions, store, f"raylm:{model}:"))
         await served._watch_once()
-        served._own(served._watch())
+        served._tasks.start(served._watch())
         return served
 
     async def ready(self) -> None:
@@ -115,9 +115,7 @@ class ServedPool:
 
     async def aclose(self) -> None:
         """Leave. Requests of this pool that are still running fail; the actors go on for others."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         await self.pool.aclose()
         await self._store.aclose()
         with suppress(ray.exceptions.RayActorError):
@@ -164,13 +162,3 @@ class ServedPool:
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
-
-    def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._disown)
-
-    def _disown(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            task.get_loop().call_exception_handler({"message": "a served pool broke", "exception": error})

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -28,8 +28,9 @@ from raylm.actors.engine_actor import ActorInfo
 from raylm.actors.lifecycle import Autoscaler, Member, Phase, steps
 from raylm.actors.manager import PoolManager
 from raylm.config import EngineConfig, ModelConfig
-from raylm.errors import InvalidRequestError, PlacementError, UpstreamError
+from raylm.errors import InvalidRequestError, PlacementError, UpstreamError, first_line
 from raylm.statistics import PoolReport, SlotStatistics
+from raylm.tasks import Tasks
 
 _INTERVAL_S = 1.0
 """How often it is looked at whether something is to be done, when nothing has happened."""
@@ -223,7 +224,7 @@ class Fleet:
         self._autoscaler: Autoscaler | None = None
         self._room_due = 0.0
         self._saving = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("a fleet")
         self._begin_scaling()
         for number, engine in record.engines.items():
             slot = Slot(number, engine, manager.actors[number])
@@ -232,7 +233,7 @@ class Fleet:
                 self.slots[number] = slot
             else:
                 self._watch_over(slot)
-        self._own(self._keep(_RETURN_S if taken_over else 0))
+        self._tasks.start(self._keep(_RETURN_S if taken_over else 0))
 
     @property
     def num_wanted(self) -> int:
@@ -327,9 +328,7 @@ class Fleet:
 
     async def aclose(self) -> None:
         """End all actors."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         await self._manager.aclose()
         await asyncio.to_thread(delete_record, self._config.name)
 
@@ -338,7 +337,7 @@ class Fleet:
     async def _keep(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
-            self._own(self._see_off(slot, works=True))
+            self._tasks.start(self._see_off(slot, works=True))
         while True:
             self._changed.clear()
             try:
@@ -457,7 +456,7 @@ class Fleet:
 
     def _watch_over(self, slot: Slot) -> None:
         self.slots[slot.number] = slot
-        slot.tending = self._own(self._tend(slot))
+        slot.tending = self._tasks.start(self._tend(slot))
 
     async def _tend(self, slot: Slot) -> None:
         """Have a slot's engine started, and its actor replaced when it is not well."""
@@ -469,7 +468,7 @@ class Fleet:
                 info = slot.info = _decode_info(await slot.actor.describe.remote())
             except ray.exceptions.ActorDiedError as error:
                 if slot.info is None:
-                    await self._give_up(slot, f"its actor is gone: {_first_line(error)}")
+                    await self._give_up(slot, f"its actor is gone: {first_line(error)}")
                 else:  # somebody has ended it for good
                     self._retire(slot)
                 return
@@ -477,7 +476,7 @@ class Fleet:
                 await self._give_up(slot, str(error))
                 return
             except ray.exceptions.RayTaskError as error:
-                failures = await self._start_failures(slot) or [_first_line(error)]
+                failures = await self._start_failures(slot) or [first_line(error)]
                 slot.detail = failures[-1]
                 if len(failures) >= _MAX_START_FAILURES:
                     await self._give_up(slot, slot.detail)
@@ -485,7 +484,7 @@ class Fleet:
                 await asyncio.sleep(min(2.0 ** (len(failures) - 1), _MAX_BACKOFF_S))
                 continue
             except ray.exceptions.RayError as error:
-                slot.detail = _first_line(error)
+                slot.detail = first_line(error)
                 deaths = await asyncio.to_thread(_num_restarts, slot.actor) - num_restarts
                 if deaths > _MAX_START_FAILURES:  # the first one may have been that of a process that was up
                     await self._give_up(slot, f"its process died {deaths} times in a row before the engine was up")
@@ -545,7 +544,7 @@ class Fleet:
             slot.tending.cancel()
         self._record.draining.append(slot.number)
         self._changed.set()
-        self._own(self._see_off(slot, works=works))
+        self._tasks.start(self._see_off(slot, works=works))
 
     async def _see_off(self, slot: Slot, *, works: bool) -> None:
         """End an actor when it has done what it has, or when its time is over."""
@@ -577,17 +576,6 @@ class Fleet:
             for seen in report.statistics.slots
         )
 
-    def _own(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._disown)
-        return task
-
-    def _disown(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            task.get_loop().call_exception_handler({"message": "a fleet broke", "exception": error})
-
 
 async def in_charge() -> bool:
     """Return whether Ray takes this process for the manager that it is.
@@ -602,7 +590,3 @@ async def in_charge() -> bool:
 
 def _num_restarts(actor: Any) -> int:
     return int(state.actors(actor._actor_id.hex())["NumRestarts"])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

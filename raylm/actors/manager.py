@@ -307,10 +307,15 @@ def _named(pool: str | None, part: str) -> dict[str, Any]:
     return {"name": f"{pool}:{part}", "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
 
+def named_actors() -> list[str]:
+    """Return the names of raylm's actors on this cluster that have one. Blocks for some milliseconds."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+
+
 def _exist(pool: str) -> bool:
     """Return whether an earlier process has left actors of that pool."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return any(actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{pool}:slot-") for actor in actors)
+    return any(name.startswith(f"{pool}:slot-") for name in named_actors())
 
 
 def end_all(pool: str) -> int:
@@ -320,10 +325,9 @@ def end_all(pool: str) -> int:
         A number above that of each of its slots.
     """
     next_slot = 0
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        name = actor["name"]
+    for name in named_actors():
         slot = re.fullmatch(re.escape(pool) + r":slot-(\d+)", name)
-        if actor["namespace"] != NAMESPACE or not (slot or name == f"{pool}:sessions"):
+        if not slot and name != f"{pool}:sessions":
             continue
         if slot:
             next_slot = max(next_slot, int(slot[1]) + 1)

@@ -23,7 +23,7 @@ import ray
 import ray.exceptions
 
 from raylm.actors.fleet import Fleet, Record, delete_record, in_charge, load_record, save_record
-from raylm.actors.manager import NAMESPACE, PoolManager, end_all
+from raylm.actors.manager import NAMESPACE, PoolManager, end_all, named_actors
 from raylm.config import ModelConfig
 from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
 from raylm.statistics import ModelState, PoolReport
@@ -315,9 +315,7 @@ def find(model: str) -> Any:
 
 def served_models() -> list[str]:
     """Return the names of the models that are served on this cluster."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-    return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
+    return [name.removesuffix(_SUFFIX) for name in named_actors() if name.endswith(_SUFFIX)]
 
 
 async def served_config(model: str) -> ModelConfig | None:

@@ -45,11 +45,13 @@ from raylm.errors import (
     RaylmError,
     RequestCancelledError,
     RequestTooLargeError,
+    first_line,
     to_message,
 )
 from raylm.serve.batches.checks import check_file
 from raylm.serve.batches.store import Outcome, Store, Work
 from raylm.serve.schema import Batch, BatchError, BatchErrors, FileDeleted, FileObject, RequestCounts
+from raylm.tasks import Tasks
 
 LEASE_S = 120.0
 """An actor that no gateway has called for this long ends. The next one goes on with its batches."""
@@ -125,7 +127,7 @@ class BatchActor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")  # the store's
         self._slots = asyncio.Semaphore(self._config.max_running)
         self._running: dict[str, _Running] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("the batches")
         self._touched_at = time.monotonic()
         self._opening = asyncio.get_running_loop().create_task(self._open())
 
@@ -146,9 +148,7 @@ class BatchActor:
 
     async def close(self) -> None:
         """Stop all jobs and let go of the folder. Batches that have not ended go on with the next actor."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         if not self._opening.done():
             self._opening.cancel()
         elif not self._opening.cancelled() and self._opening.exception() is None:
@@ -248,7 +248,7 @@ class BatchActor:
 
     def _begin(self, work: Work) -> None:
         running = self._running[work.batch.id] = _Running(work)
-        self._own(self._run(running))
+        self._tasks.start(self._run(running))
 
     async def _run(self, running: _Running) -> None:
         """Take a batch to its end, and try again where something else is the matter than the batch itself."""
@@ -257,7 +257,7 @@ class BatchActor:
             try:
                 await self._advance(running)
             except (RaylmError, ray.exceptions.RayError, OSError, sqlite3.Error) as error:
-                reason = str(error).strip().partition("\n")[0]
+                reason = first_line(error)
                 _log.warning("%s waits for %.0f s: %s: %s", batch_id, _RETRY_S, type(error).__name__, reason)
                 await asyncio.sleep(_RETRY_S)
             except Exception:  # noqa: BLE001 - whatever it is, the other batches go on
@@ -393,7 +393,7 @@ class BatchActor:
             await asyncio.sleep(0.2)
         for work in await self._do(store.unfinished):
             self._begin(work)
-        self._own(self._tend(store))
+        self._tasks.start(self._tend(store))
         return store
 
     async def _opened(self) -> Store:
@@ -438,16 +438,6 @@ class BatchActor:
             BatchStoreError: the disk is full, or fails.
         """
         return await _stored(asyncio.get_running_loop().run_in_executor(None, call))
-
-    def _own(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._disown)
-
-    def _disown(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            task.get_loop().call_exception_handler({"message": "a task of the batches broke", "exception": error})
 
 
 async def _stored(work: asyncio.Future[T]) -> T:
