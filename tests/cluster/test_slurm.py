@@ -21,30 +21,22 @@ from .manifests import CLUSTER
 _NODES = ("127.0.0.2", "127.0.0.3")
 
 _SRUN = f"""#!/bin/bash
-# Runs the command once for each node of the step. Ray on the nodes shares a machine, for which it needs more options.
+# Becomes the command of the step's one node. Ray on nodes that share a machine needs more options.
 set -u
-all=({" ".join(_NODES)})
-nodes=("${{all[@]}}")
+nodes=({" ".join(_NODES)})
 while [[ $1 == --* ]]; do
     case $1 in
     --nodelist=*) nodes=("${{1#*=}}") ;;
-    --exclude=*) mapfile -t nodes < <(printf '%s\\n' "${{all[@]}}" | grep -vxF "${{1#*=}}") ;;
+    --exclude=*) mapfile -t nodes < <(printf '%s\\n' "${{nodes[@]}}" | grep -vxF "${{1#*=}}") ;;
     --nodes=*) count=${{1#*=}} ;;
     esac
     shift
 done
-[[ ${{#nodes[@]}} == "$count" ]] || exit 9
-steps=()
-trap 'kill "${{steps[@]}}"' TERM
+[[ $count == 1 && ${{#nodes[@]}} == 1 ]] || exit 9
 head=()
 [[ " $* " != *" --head "* ]] || head=(--include-dashboard=false)
-for node in "${{nodes[@]}}"; do
-    "$@" --node-ip-address="$node" --num-cpus=2 --object-store-memory=100000000 --temp-dir="$STUB_TEMP" \\
-        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "${{head[@]}}" &
-    steps+=($!)
-done
-wait
-wait
+exec "$@" --node-ip-address="${{nodes[0]}}" --num-cpus=2 --object-store-memory=100000000 --temp-dir="$STUB_TEMP" \\
+    --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "${{head[@]}}"
 """
 
 _JOB = f"""#!/bin/bash
