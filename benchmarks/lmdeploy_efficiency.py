@@ -200,7 +200,7 @@ def serve(side: str, backend: str, tp: str, device: str) -> None:
     os.dup2(2, 1)  # lmdeploy logs on stdout
     config = settings(backend, int(tp), device)
     with (actor_side if side == "actor" else bare_side)(config) as work:
-        work.generate(prompts(2, seed=-1))
+        work.generate(prompts(NUM_PROMPTS, seed=-1))  # as many as in a round: each batch size is prepared once
         print("ready", file=answers)
         for line in sys.stdin:
             match line.split():
@@ -258,7 +258,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         serve(*sys.argv[2].split())
         return
-    num_prompts, num_rounds = (4, 1) if quick_asked(__doc__) else (NUM_PROMPTS, 3)
+    num_prompts, num_rounds = (4, 1) if quick_asked(__doc__) else (NUM_PROMPTS, 5)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's child has it
     gpus = num_gpus()
     if not gpus:

@@ -1,6 +1,6 @@
 """What a client actor costs beside a bare client: CPU of one token from a real Triton server, and threads.
 
-256 streams of 64 tokens at a real Triton server with a toy model behind its python back end, as fast as that goes. The
+256 streams of 32 tokens at a real Triton server with a toy model behind its python back end, as fast as that goes. The
 model speaks like vLLM's back end: one response a token, with text, counts and finish reason.
 
 Subject. A pool with one EngineActor and its TritonEngine; one reader for each stream in this process.
@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.engines.triton_server import TritonServer, make_repository
 
 NUM_STREAMS = 256
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 
 
 class Measured(msgspec.Struct):
@@ -273,7 +273,7 @@ def main() -> None:
         return
     quick = quick_asked(__doc__)
     with server() as address, local_cluster():
-        figures = asyncio.run(run(address, 1, 32) if quick else run(address, 3, NUM_TOKENS))
+        figures = asyncio.run(run(address, 1 if quick else 9, NUM_TOKENS))
     publish("triton_client", figures)
 
 

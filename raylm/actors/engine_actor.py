@@ -47,8 +47,8 @@ actor costs no more than this."""
 LEASE_S = 10.0
 """A client that has not polled for this long is gone; its requests are aborted."""
 
-_REST_PER_REQUEST_S = 40e-6
-_MAX_REST_S = 0.01
+_REST_PER_REQUEST_S = 80e-6
+_MAX_REST_S = 0.02
 """Between two replies to a client there is at least this much time for each of its requests, up to that much.
 
 A reply costs about 0.6 ms of CPU in this process whatever is in it, nearly all of it Ray's. Of an engine whose requests

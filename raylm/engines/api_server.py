@@ -25,6 +25,7 @@ import msgspec
 from raylm.config import APIServerConfig, HTTPConfig
 from raylm.engines.api_server_child import Command
 from raylm.engines.base import Emit
+from raylm.engines.child import child_environment
 from raylm.engines.http import HTTPEngine
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
@@ -83,11 +84,7 @@ class _Server:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=output,
-                env={
-                    "UVICORN_LOG_LEVEL": "warning",  # not a line a request
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-                },
+                env={"UVICORN_LOG_LEVEL": "warning", **child_environment()},  # no line for each request
                 start_new_session=True,  # Ctrl-C at a terminal is for this process
             )
         if supervisor.stdin is None or supervisor.stdout is None:

@@ -20,12 +20,12 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+import psutil
 
 from raylm.engines.base import Emit
 from raylm.engines.text import Detokenizer, StopWords, Vocabulary
@@ -45,6 +45,8 @@ _ROLES = ("system", "user", "assistant", "tool")
 _STDERR_BYTES = 4096  # of the child's last words, kept for error messages
 
 _DYING_S = 1.0
+
+_THREADS = "OMP_NUM_THREADS"
 
 _log = logging.getLogger(__name__)
 
@@ -378,7 +380,7 @@ class ChildProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_environment(os.environ),
+            env=child_environment(),
             start_new_session=True,  # a group of its own, to be killed with whatever the library starts
         )
         self._ready = asyncio.get_running_loop().create_future()
@@ -529,9 +531,16 @@ class ChildProcess:
             await asyncio.wait([self._reading])
 
 
-def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` for a child that shall find the modules that this process finds."""
-    return {**environment, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child that shall find the modules that this process finds, and as many cores.
+
+    In its workers Ray sets OMP_NUM_THREADS to their number of CPUs, one for most actors, where nobody else has set it.
+    An engine's libraries would compute with one thread (`ray._private.utils.set_omp_num_threads_if_unset`).
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+    if _THREADS not in psutil.Process().environ():  # with which this process was started
+        environment.pop(_THREADS, None)
+    return environment
 
 
 def _check(request: Request) -> None:
