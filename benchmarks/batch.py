@@ -20,6 +20,7 @@ simulated engines of 64 streams, while a batch job from another process fills th
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -81,7 +82,7 @@ def job_side() -> Iterator[Generate]:
         yield generate
 
 
-SIDES = {"direct": direct_side, "job": job_side}
+SIDES = {"direct": functools.partial(direct_side, CONFIG.capacity), "job": job_side}
 
 
 def measure_efficiency(num_prompts: int, num_rounds: int) -> list[Figure]:

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import psutil
 from harness import Figure, local_cluster, publish, quick_asked, say
@@ -70,8 +71,12 @@ def pool_side() -> Iterator[Generate]:
 
 
 @contextmanager
-def direct_side() -> Iterator[Generate]:
-    """The baseline."""
+def direct_side(num_at_once: int | None = None) -> Iterator[Generate]:
+    """The baseline.
+
+    Args:
+        num_at_once: Sequences that it decodes at a time; None: all, for OpenVINO GenAI does not heed `max_num_seqs`.
+    """
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
@@ -88,9 +93,15 @@ def direct_side() -> Iterator[Generate]:
     sampling.stop_token_ids = set()
 
     def generate(work: Sequence[str]) -> int:
-        handles = [pipeline.add_request(key, prompt, sampling) for key, prompt in enumerate(work)]
-        while pipeline.has_non_finished_requests():
+        handles = []
+        running: list[Any] = []
+        while running or len(handles) < len(work):
+            room = (num_at_once or len(work)) - len(running)
+            for prompt in work[len(handles) : len(handles) + room]:
+                handles.append(pipeline.add_request(len(handles), prompt, sampling))
+                running.append(handles[-1])
             pipeline.step()
+            running = [handle for handle in running if handle.get_status() == genai.GenerationStatus.RUNNING]
         answers = [handle.read_all()[0].generated_ids for handle in handles]
         pipeline.get_tokenizer().decode(answers)
         return sum(map(len, answers))
