@@ -973,6 +973,11 @@ def _run_batch(
     except BaseException:
         if output != "-" and tally.num_rows:
             _say(f"it ended early: {_counts(tally)}. The same command goes on from there")
+            if shard[1] == 1 and (Path(output).is_file() or not Path(output).exists()):
+                try:
+                    _report_batch(Path(output))
+                except OSError as error:  # the disk may be what has ended it
+                    _say(f"there is no report: {error}", "red")
         raise
 
 

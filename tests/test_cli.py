@@ -60,6 +60,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def state_of(output: Path) -> tuple[str, str, int]:
+    """Return what the report beside a batch's output says: its state, why it ended, and how many rows have ended."""
+    report = json.loads(output.with_name(f"{output.name}.report.json").read_text())
+    return report["state"], report["why"], report["rows"]
+
+
 ON_TERMINAL = """
 import os, sys
 terminal = os.open(sys.argv[1], os.O_RDWR)  # the first terminal that a session opens controls it
@@ -470,6 +476,7 @@ def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     assert [row["id"] for row in rows_of(tmp_path / "out.partial")] == [1]
     assert not (tmp_path / "out").exists()
     assert "it ended early: 1 rows, 0 failed, 4 tokens. The same command goes on from there" in said.decode()
+    assert state_of(tmp_path / "out") == ("ended early", "it was interrupted", 1)
 
 
 def test_sigterm_ends_in_order(cluster: str, tmp_path: Path) -> None:
@@ -479,6 +486,40 @@ def test_sigterm_ends_in_order(cluster: str, tmp_path: Path) -> None:
         _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert "it ended early: 1 rows" in said.decode()
+    assert f"the report is {tmp_path / 'out.report.html'}\n" in said.decode()
+    assert state_of(tmp_path / "out") == ("ended early", "it was interrupted", 1)
+
+
+def test_a_batch_that_ended_early_is_reported_as_not_finished(cluster: str, tmp_path: Path) -> None:
+    """After too many failures there is a report that says that the job is not finished, and why; a rerun's is whole."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b"}\n')
+    args = ("batch", str(source), f"--output={target}", "--max-new-tokens=4", "--temperature=0", engine())
+    result = run(cluster, *args, "--max-failures=0")
+    assert result.returncode == 3
+    assert not target.exists()
+    page = tmp_path / "out.report.html"
+    assert f"the report is {page}\n" in result.stderr
+    state, why, rows = state_of(target)
+    assert (state, rows) == ("ended early", 1)
+    assert why.startswith("TooManyFailuresError: 1 rows failed, more than the 0 that were allowed")
+    assert "<strong>Not finished:</strong> it ended early: TooManyFailuresError: 1 rows failed" in page.read_text()
+    told = run(None, "report", str(target))
+    assert re.search(r"not finished +it ended early: TooManyFailuresError: 1 rows failed", told.stdout)
+    assert run(cluster, *args).returncode == 1
+    assert state_of(target) == ("finished", "", 3)
+    assert "Not finished" not in page.read_text()
+
+
+def test_a_batch_that_was_killed_is_not_finished(cluster: str, tmp_path: Path) -> None:
+    """A report of a job whose process works, and of one whose process was killed, say so."""
+    with endless_batch(cluster, tmp_path) as process:
+        figures = json.loads(run(None, "report", str(tmp_path / "out"), "--json").stdout)
+        assert (figures["state"], figures["why"]) == ("at work", "")
+        process.kill()
+        process.communicate(timeout=TIMEOUT_S)
+    told = run(None, "report", str(tmp_path / "out"))
+    assert re.search(r"not finished +it ended early: its process is gone and has not said why", told.stdout)
 
 
 # chat

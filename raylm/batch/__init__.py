@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import glob
 import re
@@ -28,7 +29,7 @@ from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
 from raylm.batch.rows import BadRow, Reading, Row, read_rows, rows_of
 from raylm.chatbot import AsyncChatbot, Chatbot
 from raylm.config import BatchConfig
-from raylm.errors import InvalidRequestError
+from raylm.errors import InvalidRequestError, first_line
 
 Source = Path | str | Iterable[Mapping[str, Any]] | None
 
@@ -120,6 +121,7 @@ async def run_batch_async(
             path, file = None, output
             ledger = Ledger.open(Path(folder) / "ledger")
             stack.callback(ledger.close)
+        stack.enter_context(_noting_the_end(ledger))
         job = Job(
             chatbot,
             ledger,
@@ -244,6 +246,7 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
             records = ledger.records()
             while some := list(islice(records, 512)):
                 writer.write(some)
+        ledger.end()
     return tally
 
 
@@ -254,6 +257,24 @@ def _noted(source: Source, output: Path | None, reading: Reading) -> dict[str, A
         "output": None if output is None else str(output.absolute()),
         "reading": dataclasses.asdict(reading),
     }
+
+
+@contextmanager
+def _noting_the_end(ledger: Ledger) -> Iterator[None]:
+    """Have the ledger say how the run ends that begins in the block. It is finished when its output is in its place."""
+    num_before = len(ledger.runs)
+    why = ""
+    try:
+        yield
+    except asyncio.CancelledError:
+        why = "it was interrupted"
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise
+    finally:
+        if len(ledger.runs) > num_before:
+            ledger.end(why)
 
 
 class _Nowhere:

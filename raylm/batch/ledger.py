@@ -1,10 +1,11 @@
 """Ledger: what a job has been told, on disk before it is believed.
 
 A ledger is a file of JSON Lines beside the output, and lines are only ever appended. Each ends with a checksum of
-itself, so that one which a crash has torn is known, passed over, and its row asked again. There are two kinds:
+itself, so that one which a crash has torn is known, passed over, and its row asked again. There are three kinds:
 
     {"run":{...},"crc":"..."}        somebody began to work on the job, with these settings
     {"position":3,...,"crc":"..."}   a row was answered, or failed for good
+    {"end":{...},"crc":"..."}        the one who began ended, and says whether the job is finished
 
 A `Record` is in the ledger once `sync` has returned: fsync is called for many of them at a time. A later record of a
 position takes the place of an earlier one.
@@ -56,6 +57,18 @@ class Run(msgspec.Struct, kw_only=True):
     engines: list[EngineInfo] = []
 
 
+class End(msgspec.Struct, kw_only=True):
+    """How somebody's work on a job ended.
+
+    Attributes:
+        at: When, in seconds since 1970.
+        why: Why the job is not finished; "" when it is.
+    """
+
+    at: float
+    why: str
+
+
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What became of one row. It has either `completion` or `error`.
 
@@ -91,6 +104,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
 _encode = msgspec.json.Encoder().encode
 _decode_record = msgspec.json.Decoder(Record).decode
 _decode_run = msgspec.json.Decoder(Run).decode
+_decode_end = msgspec.json.Decoder(End).decode
 
 
 class Ledger:
@@ -101,12 +115,14 @@ class Ledger:
     Attributes:
         path: The file.
         runs: Everybody who has worked on the job so far.
+        ended: How the last of them ended; None while it is at work, and where it was cut off.
         num_torn: Lines that could not be read.
     """
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
         self.runs: list[Run] = []
+        self.ended: End | None = None
         self.num_torn = 0
         self._num_records = 0
         self._file = file
@@ -172,6 +188,7 @@ class Ledger:
         self._index.execute("DELETE FROM answer")
         self._end = self._synced = self.num_torn = self._num_records = 0
         self.runs = []
+        self.ended = None
 
     def begin(self, job: Mapping[str, Any], engines: Iterable[EngineInfo]) -> None:
         """Note that this process works on the job now."""
@@ -179,8 +196,19 @@ class Ledger:
             started_at=time.time(), pid=os.getpid(), host=socket.gethostname(), job=dict(job), engines=list(engines)
         )
         self.runs.append(run)
+        self.ended = None
         self._run = len(self.runs)
         self._push(_encode({"run": run}))
+        self.sync()
+
+    def end(self, why: str = "") -> None:
+        """Note that this process works on the job no more.
+
+        Args:
+            why: Why the job is not finished; "" when it is.
+        """
+        self.ended = End(at=time.time(), why=why)
+        self._push(_encode({"end": self.ended}))
         self.sync()
 
     # What is known
@@ -283,6 +311,7 @@ class Ledger:
 
     def absorb(self, other: Ledger) -> None:
         """Take over every record of another ledger, and its runs."""
+        self.ended = None
         for run in other.runs:
             self.runs.append(run)
             self._push(_encode({"run": run}))
@@ -313,6 +342,9 @@ class Ledger:
                     self.num_torn += 1
                 elif body.startswith(b'{"run":'):
                     self.runs.append(_decode_run(body[len(b'{"run":') : -1]))
+                    self.ended = None
+                elif body.startswith(b'{"end":'):
+                    self.ended = _decode_end(body[len(b'{"end":') : -1])
                 else:
                     self._index_record(_decode_record(body), offset, len(line))
                 offset += len(line)

@@ -27,6 +27,7 @@ from raylm.batch.report import (
     printable,
     shares,
     span,
+    state_words,
 )
 
 _MOST_SLOTS = 64
@@ -42,6 +43,9 @@ _TIME_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800,
 def to_html(report: Report) -> bytes:
     """Return the page of a report, in UTF-8."""
     name = _text(report.output)
+    unfinished = ""
+    if report.state != "finished":
+        unfinished = f'<p class="note"><strong>Not finished:</strong> {_text(state_words(report))}.</p>'
     simulated = ""
     if report.simulated:
         of_all = "" if report.simulated == report.answered else f"{report.simulated:,} of these answers are of it. "
@@ -62,6 +66,7 @@ def to_html(report: Report) -> bytes:
 <p class="muted">{engines or "nothing was answered yet"}</p>
 <p class="muted">As of {_text(moment(report.made_at))}</p>
 </header>
+{unfinished}
 {simulated}
 {_rows(report)}
 {_tiles(report)}

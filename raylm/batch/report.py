@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from raylm.batch.ledger import Ledger, Record, Run
+from raylm.batch.ledger import Ledger, Record, Run, check_free
 from raylm.batch.rows import Reading, count_rows
-from raylm.errors import InvalidRequestError
+from raylm.errors import InvalidRequestError, OutputBusyError
 
 _MOST_RUNS = 100
 _MOST_EXAMPLES = 3
@@ -181,6 +182,9 @@ class Report(msgspec.Struct, kw_only=True):
     Attributes:
         output: Name of the output.
         made_at: When this was told, in seconds since 1970.
+        state: `finished`: every row has ended and the output is whole. `at work`: a process has the job. `ended early`:
+            none has, and the job is not finished; begun again, it goes on.
+        why: Why it ended early.
         total: Rows of the input; None where they cannot be counted.
         rows: Rows that have ended.
         answered: Those that have an answer.
@@ -213,6 +217,8 @@ class Report(msgspec.Struct, kw_only=True):
 
     output: str
     made_at: float
+    state: Literal["finished", "at work", "ended early"]
+    why: str
     total: int | None
     rows: int
     answered: int
@@ -262,6 +268,7 @@ def read_report(ledger: Path) -> Report:
                 figures.add(record)
         report = figures.report(ledger.name.removesuffix(".ledger"), None if total is None else total[1])
         report.replaced, report.torn = opened.num_replaced, opened.num_torn
+        report.state, report.why = _state(opened)
     finally:
         opened.close()
     return report
@@ -301,6 +308,16 @@ def source_of(run: Run) -> tuple[Path, Reading] | None:
     if source is None or reading is None or not Path(source).is_file():
         return None
     return Path(source), Reading(**reading)
+
+
+def _state(ledger: Ledger) -> tuple[Literal["finished", "at work", "ended early"], str]:
+    if ledger.ended is not None:
+        return ("ended early", ledger.ended.why) if ledger.ended.why else ("finished", "")
+    try:
+        check_free(ledger.path)
+    except OutputBusyError:
+        return "at work", ""
+    return "ended early", "its process is gone and has not said why, as one that is killed"
 
 
 def _count_rows(ledger: Path, runs: list[Run]) -> tuple[int, int] | None:
@@ -398,6 +415,8 @@ class _Figures:
         return Report(
             output=output,
             made_at=time.time(),
+            state="at work",
+            why="",
             total=total,
             rows=counts["rows"],
             answered=counts["answered"],
@@ -652,7 +671,8 @@ def to_table(report: Report) -> Table:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     of_total = "" if report.total is None or report.total == report.rows else f" of {report.total:,}"
-    facts = [("rows", f"{report.rows:,}{of_total}, {report.answered:,} answered, {report.failed:,} failed")]
+    facts = [("not finished", printable(state_words(report)))] if report.state != "finished" else []
+    facts += [("rows", f"{report.rows:,}{of_total}, {report.answered:,} answered, {report.failed:,} failed")]
     told = [f"{report.shared:,} the same as another"] if report.shared else []
     told += aside(report)
     if told:
@@ -688,6 +708,13 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             )
         )
     return facts
+
+
+def state_words(report: Report) -> str:
+    """Return what is to be told of a job that is not finished."""
+    if report.state == "at work":
+        return "a process is at work on it"
+    return f"it ended early: {report.why}; begun again, it goes on from there"
 
 
 def aside(report: Report) -> list[str]:

@@ -42,6 +42,24 @@ def test_what_was_synced_is_there(tmp_path: Path) -> None:
         assert not ledger.has(1)
 
 
+def test_the_last_run_says_how_it_ended(tmp_path: Path) -> None:
+    """What a run says at its end is read again, counts as no row, and holds until the next run begins."""
+    path = tmp_path / "ledger"
+    with opened(path) as ledger:
+        ledger.add(answered(0))
+        ledger.end("too slow")
+    viewed = Ledger.view(path)
+    assert viewed.ended is not None
+    assert viewed.ended.why == "too slow"
+    assert [record.position for record in viewed.records()] == [0]
+    viewed.close()
+    with opened(path) as ledger:
+        assert ledger.ended is None
+    viewed = Ledger.view(path)
+    assert (viewed.ended, len(viewed.runs), viewed.num_torn) == (None, 2, 0)
+    viewed.close()
+
+
 def test_what_counts_as_known(tmp_path: Path) -> None:
     """An answer is known by what was asked, at its place, from an engine that may answer now."""
     with opened(tmp_path / "ledger") as ledger:

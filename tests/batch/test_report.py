@@ -171,6 +171,24 @@ def test_a_job_at_work_has_a_report(tmp_path: Path) -> None:
         os.truncate(path, len(before))
 
 
+def test_a_job_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    """The state is that of the last run: at work, cut off, ended early for a reason, or finished."""
+    path = ledger_path(tmp_path / "out")
+    with written(tmp_path / "out", 100.0) as ledger:
+        ledger.add(record(0))
+        ledger.sync()
+        assert read_report(path).state == "at work"
+    cut_off = read_report(path)
+    assert (cut_off.state, cut_off.why.partition(" and")[0]) == ("ended early", "its process is gone")
+    for why, state in ((EVIL, "ended early"), ("", "finished")):
+        with written(tmp_path / "out", 200.0) as ledger:
+            ledger.end(why)
+        report = read_report(path)
+        assert (report.state, report.why) == (state, why)
+        assert ("Not finished:" in to_html(report).decode()) == (state != "finished")
+        assert EVIL not in to_html(report).decode()
+
+
 def test_a_torn_line_is_told(tmp_path: Path) -> None:
     """What a crash has torn in the middle is counted."""
     path = ledger_path(tmp_path / "out")
