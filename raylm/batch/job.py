@@ -310,16 +310,15 @@ class Job:
             self._fail_at_once(position, row, located(row.place, error))
             return
         key = digest(request)
-        if self._ledger.known(position, key, self._engines):
-            self._ledger.confirm(position)
-            self.tally.num_kept += 1
-            self._changed.set()
-            return
-        if self._ledger.has(position):
-            before = self._ledger.read(position)
-            if before.completion is not None:
+        if (before := self._ledger.find(position)) is not None:
+            if before.answers(key, self._engines):
+                self._ledger.confirm(position)
+                self.tally.num_kept += 1
+                self._changed.set()
+                return
+            if before.answered:
                 self.tally.num_changed += 1
-            elif before.key == key and before.error is not None and before.error.type == PoisonRequestError.__name__:
+            elif before.key == key and self._is_poison(position):
                 # It took two actors down. Begun again, the job leaves it where it is.
                 self._keep_failure(position)
                 return
@@ -338,6 +337,10 @@ class Job:
         self.tally.limit_left += request.config.max_new_tokens
         heapq.heappush(self._heap, item)
 
+    def _is_poison(self, position: int) -> bool:
+        error = self._ledger.read(position).error
+        return error is not None and error.type == PoisonRequestError.__name__
+
     def _keep_failure(self, position: int) -> None:
         """Leave a row as an earlier run has left it, failed."""
         self._ledger.confirm(position)
@@ -346,7 +349,7 @@ class Job:
         self._changed.set()
 
     def _fail_at_once(self, position: int, row: Row | BadRow, error: RaylmError) -> None:
-        if self._ledger.has(position):
+        if self._ledger.find(position) is not None:
             before = self._ledger.read(position)
             if before.error is not None and before.error.message == error.message:
                 self._keep_failure(position)

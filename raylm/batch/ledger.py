@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import msgspec
 
@@ -67,6 +67,24 @@ class End(msgspec.Struct, kw_only=True):
 
     at: float
     why: str
+
+
+class Entry(NamedTuple):
+    """What a ledger knows of a position without reading its record.
+
+    Attributes:
+        key: As in the record.
+        answered: It has an answer, and not an error.
+        engine: Who gave the answer (see `engine_key`); "" where there is none.
+    """
+
+    key: str
+    answered: bool
+    engine: str
+
+    def answers(self, key: str, engines: set[str]) -> bool:
+        """Tell whether it is the answer to that key, from one of these engines."""
+        return self.answered and self.key == key and self.engine in engines
 
 
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -213,14 +231,10 @@ class Ledger:
 
     # What is known
 
-    def known(self, position: int, key: str, engines: set[str]) -> bool:
-        """Tell whether a position has the answer to that key, from one of these engines (see `engine_key`)."""
+    def find(self, position: int) -> Entry | None:
+        """Return what is known of a position, without reading its record; None: nothing."""
         found = self._index.execute("SELECT key, state, engine FROM place WHERE position = ?", (position,)).fetchone()
-        return found is not None and found[0] == key and found[1] == ANSWERED and found[2] in engines
-
-    def has(self, position: int) -> bool:
-        """Tell whether anything is known of a position."""
-        return self._index.execute("SELECT 1 FROM place WHERE position = ?", (position,)).fetchone() is not None
+        return None if found is None else Entry(found[0], found[1] == ANSWERED, found[2])
 
     def equal(self, key: str, engines: set[str]) -> Record | None:
         """Return the record of a greedy row with the answer to that key, whatever its position has now."""

@@ -456,7 +456,8 @@ def _write_rest(source: Path, output: Path, error: RaylmError) -> RequestCounts:
         with open_output(output, openai=True) as writer:
             records: list[Record] = []
             for position, row in enumerate(read_file(source, Reading())):
-                record = ledger.read(position) if ledger.has(position) else _lacking(position, row, error)
+                lacks = ledger.find(position) is None
+                record = _lacking(position, row, error) if lacks else ledger.read(position)
                 counts.total += 1
                 counts.completed += record.completion is not None
                 counts.failed += record.completion is None
