@@ -16,8 +16,8 @@ import msgspec
 import ray.exceptions
 
 from raylm.actors.engine_actor import ActorInfo, PollReply, Submission
-from raylm.errors import ActorLostError, EngineStartError, RaylmError, first_line
-from raylm.messages import EngineStatistics
+from raylm.errors import ActorLostError, EngineStartError, InvalidRequestError, RaylmError, first_line
+from raylm.messages import EngineStatistics, Request
 from raylm.stream import Stream
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ _MAX_START_FAILURES = 3
 
 _MAX_BACKOFF_S = 60.0
 """The longest pause between two attempts to start an engine."""
+
+_CANNOT_BE_ENCODED = (TypeError, ValueError, OverflowError)
+"""What msgspec raises for a value of no type that it knows, for text that is not valid Unicode, and for a number out of
+msgpack's range."""
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
@@ -156,10 +160,32 @@ class Link:
             if stream._attempts > 1:
                 request = msgspec.structs.replace(request, generated=stream._generated())
             requests.append(request)
-        submission = _encode(Submission([key for key, _ in batch], requests))
+        try:
+            submission = _encode(Submission([key for key, _ in batch], requests))
+        except _CANNOT_BE_ENCODED:
+            batch, submission = self._without_wrong(batch, requests)
+            if not batch:
+                return
         # The call leaves here and now, so that no `cancel` overtakes it.
         call = self.actor.submit.remote(self.client_id, submission)
         self.pool._tasks.start(self._await_submit(call, self.client_id, batch))
+
+    def _without_wrong(
+        self, batch: list[tuple[int, Stream]], requests: list[Request]
+    ) -> tuple[list[tuple[int, Stream]], bytes]:
+        """Fail the requests that cannot be encoded; return the others, and their submission."""
+        rest: list[tuple[int, Stream]] = []
+        keys, good = [], []
+        for (key, stream), request in zip(batch, requests, strict=True):
+            try:
+                _encode(request)
+            except _CANNOT_BE_ENCODED as error:
+                self.pool._settle(stream, error=InvalidRequestError(f"the request cannot be sent: {error}"))
+                continue
+            rest.append((key, stream))
+            keys.append(key)
+            good.append(request)
+        return rest, _encode(Submission(keys, good))
 
     async def _await_submit(self, call: Any, client_id: str, batch: list[tuple[int, Stream]]) -> None:
         try:

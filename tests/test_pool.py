@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import msgspec
@@ -65,6 +66,34 @@ async def test_details_cross_the_pool(start_pool: StartPool) -> None:
         assert "".join(details.token_texts) == done.text
         assert len(details.top_logprobs) == len(done.logprobs) == 3
     assert (await running.pool.generate(ask("tell me"))).details is None
+
+
+WRONG: tuple[dict[str, Any], ...] = (
+    {"prompt": "\ud800"},
+    {"prompt_token_ids": (2**70,)},
+    {"messages": (Message("user", "\udfff"),)},
+    {"prompt_token_ids": (object(),)},
+)
+"""Requests that msgpack cannot hold."""
+
+
+async def test_a_request_that_cannot_be_sent_fails_alone(start_pool: StartPool) -> None:
+    """Of requests that leave in one call exactly the wrong ones fail, wherever they are, and say why."""
+    running = await start_pool(FAST)
+    for are_wrong in product((False, True), repeat=len(WRONG)):
+        requests = [
+            Request(request_id=f"wrong {place}", **WRONG[place]) if is_wrong else ask(f"right {place}", 3)
+            for place, is_wrong in enumerate(are_wrong)
+        ]
+        results = await running.pool.generate_many(requests)
+        for place, (is_wrong, result) in enumerate(zip(are_wrong, results, strict=True)):
+            if is_wrong:
+                assert isinstance(result, InvalidRequestError)
+                assert str(result).startswith("the request cannot be sent: ")
+            else:
+                assert isinstance(result, Completion)
+                assert result.text == greedy_text(f"right {place}", 3)
+    assert running.pool.statistics().slots[0].num_running == 0
 
 
 async def test_tokenize(start_pool: StartPool) -> None:
