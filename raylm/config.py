@@ -282,7 +282,9 @@ class SessionConfig(_Config):
 
     Attributes:
         url: Database that keeps them, `redis://host:port/number` or `rediss://...` for TLS, with a password as
-            `redis://:password@host`. None keeps them in the memory of a Ray actor.
+            `redis://:password@host`, unless `password_env` is set. None keeps them in the memory of a Ray actor.
+        password_env: Name of the environment variable that holds the database's password. It is read in each process
+            that connects: gateways, and programs that use the model.
         ttl_s: A session that is idle for this long is forgotten.
         turn_timeout_s: A turn that has not been renewed for so long belongs to a process that is gone; the session is
             free again. Processes renew their turns four times as often.
@@ -291,10 +293,20 @@ class SessionConfig(_Config):
     """
 
     url: str | None = Field(default=None, pattern=r"^rediss?://", repr=False)
+    password_env: str | None = Field(default=None, min_length=1)
     ttl_s: PositiveFloat = 3600
     turn_timeout_s: PositiveFloat = 10
     max_sessions: int = Field(default=100_000, ge=1)
     max_bytes: int = Field(default=1 << 30, ge=1)
+
+    @model_validator(mode="after")
+    def _has_one_password(self) -> Self:
+        if self.password_env is not None:
+            if self.url is None:
+                raise ValueError("password_env is for a database; give its url")
+            if ":" in self.url.partition("://")[2].rpartition("@")[0]:
+                raise ValueError("password_env is set, and url has a password too; take one of them out")
+        return self
 
 
 class PoolConfig(_Config):

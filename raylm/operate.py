@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -45,11 +46,7 @@ async def _state(model: str) -> ModelState:
             manager = await asyncio.to_thread(find, model)
             config = ModelConfig.model_validate_json(await told(manager.start.remote()))
             state = _decode_state(await told(manager.state.remote()))
-            store = connect_store(config.sessions, await told(manager.sessions.remote()), f"raylm:{model}:")
-            try:
-                state.num_sessions = await store.num_sessions()
-            finally:
-                await store.aclose()
+            state.num_sessions = await _num_sessions(config, manager)
     except TimeoutError:
         return ModelState(
             name=model,
@@ -59,6 +56,17 @@ async def _state(model: str) -> ModelState:
     except RaylmError as error:
         return ModelState(name=model, problem=str(error))
     return state
+
+
+async def _num_sessions(model: ModelConfig, manager: Any) -> int | None:
+    variable = model.sessions.password_env
+    if variable is not None and not os.environ.get(variable):
+        return None  # whoever looks after a model need not know it
+    store = connect_store(model.sessions, await told(manager.sessions.remote()), f"raylm:{model.name}:")
+    try:
+        return await store.num_sessions()
+    finally:
+        await store.aclose()
 
 
 async def settled(models: Iterable[ModelConfig]) -> None:
@@ -251,7 +259,8 @@ def _model(model: ModelState, rates: Rates | None) -> RenderableType:
         (model.num_moved, "moved"),
         (model.num_failed, "failed"),
     ):
-        head.append(f"  {number:,} {words}")
+        if number is not None:
+            head.append(f"  {number:,} {words}")
     parts: list[RenderableType] = [head, slots if model.slots else Text("no actors", "dim")]
     if model.failures:
         last = model.failures[-1]

@@ -149,7 +149,7 @@ class ModelState(msgspec.Struct, kw_only=True):
         name: The model's.
         problem: Why nothing else is known of it; empty when it is.
         num_clients: Pools that use it now.
-        num_sessions: Sessions that its store remembers.
+        num_sessions: Sessions that its store remembers; None where this process has not the store's password.
         num_wanted: Slots that there should be.
         num_waiting: As in `PoolStatistics`, and so are the others of these names.
         slots: Its slots; `num_running` is what the engine itself says, where it does.
@@ -159,7 +159,7 @@ class ModelState(msgspec.Struct, kw_only=True):
     name: str
     problem: str = ""
     num_clients: int = 0
-    num_sessions: int = 0
+    num_sessions: int | None = 0
     num_wanted: int = 0
     num_waiting: int = 0
     num_running: int = 0

@@ -9,6 +9,7 @@ server's clock. Scripts may run twice, when the reply to the first was lost.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -159,17 +160,28 @@ class RedisSessionStore:
 
     Args:
         url: The database, as in `SessionConfig`.
-        config: How long sessions and turns last.
+        config: How long sessions and turns last, and where the password is.
         prefix: Before the name of each key.
+
+    Raises:
+        SessionError: the url is wrong, or the variable of the password is not set in this process.
     """
 
     def __init__(self, url: str, config: SessionConfig, prefix: str) -> None:
         self._prefix = prefix
         self._ttl_ms = max(1, int(config.ttl_s * 1000))
         self._turn_ms = max(1, int(config.turn_timeout_s * 1000))
+        password = None
+        if config.password_env is not None and not (password := os.environ.get(config.password_env)):
+            raise SessionError(
+                f"the password of the session store is to be in the environment variable {config.password_env} "
+                "(sessions.password_env), which is not set in this process; set it where Ray is started on each node, "
+                "and where programs that use the model are"
+            )
         try:
             connections = redis.BlockingConnectionPool.from_url(
                 url,
+                password=password,
                 max_connections=_MAX_CONNECTIONS,
                 timeout=_GIVE_UP_S,
                 socket_connect_timeout=_GIVE_UP_S,

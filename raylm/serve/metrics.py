@@ -69,7 +69,8 @@ def _families(models: Sequence[ModelState]) -> Iterator[Metric]:
     for attribute, (name, help_text) in _GAUGES.items():
         gauge = GaugeMetricFamily(f"raylm_{name}", help_text, labels=["model"])
         for model in models:
-            gauge.add_metric([model.name], getattr(model, attribute))
+            if (value := getattr(model, attribute)) is not None:
+                gauge.add_metric([model.name], value)
         yield gauge
     for attribute, (name, help_text) in _HISTOGRAMS.items():
         histogram = HistogramMetricFamily(f"raylm_{name}", help_text, labels=["model"])

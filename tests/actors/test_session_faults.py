@@ -12,11 +12,11 @@ import pytest
 import ray
 
 from raylm.actors.redis_sessions import RedisSessionStore
-from raylm.actors.sessions import ActorSessionStore, SessionState, SessionStore, start_store
+from raylm.actors.sessions import ActorSessionStore, SessionState, SessionStore, connect_store, start_store
 from raylm.config import SessionConfig, SimulatedConfig
 from raylm.conversation import Conversations
 from raylm.engines.simulated import greedy_text
-from raylm.errors import SessionBusyError, SessionNotFoundError, SessionStoreError
+from raylm.errors import SessionBusyError, SessionError, SessionNotFoundError, SessionStoreError
 from raylm.messages import GenerationConfig, Message, Request
 from tests.actors.redis_server import RedisServer
 from tests.conftest import StartPool
@@ -350,6 +350,33 @@ async def test_a_wrong_password_raises(tmp_path: Path, user: str) -> None:
         await store.aclose()
         database.kill()
     assert ":wrong@" not in str(raised.value)
+
+
+@pytest.mark.parametrize("user", ["", "default@"])
+async def test_the_password_may_be_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    """A process connects with the password of the variable, which no text shows, and says so where it has none."""
+    database = RedisServer(tmp_path, "--requirepass", "p@ss:word/%20")
+    database.start()
+    config = SessionConfig(url=database.url.replace("//", f"//{user}"), password_env="RAYLM_TEST_PASSWORD")
+    try:
+        with pytest.raises(SessionError, match="RAYLM_TEST_PASSWORD .*which is not set in this process"):
+            connect_store(config, None, "raylm:test:")
+        monkeypatch.setenv("RAYLM_TEST_PASSWORD", "p@ss:word/%20")
+        store = connect_store(config, None, "raylm:test:")
+        assert await turn(store, "s", "one", start=True) == []
+        assert await turn(store, "s", "two") == ["one"]
+        assert "p@ss" not in repr(config) + config.model_dump_json() + repr(store)
+        await store.aclose()
+        monkeypatch.setenv("RAYLM_TEST_PASSWORD", "wrong-one")
+        store = connect_store(config, None, "raylm:test:")
+        with pytest.raises(SessionStoreError, match="refuses") as raised:
+            await store.num_sessions()
+        assert "wrong-one" not in str(raised.value)
+        await store.aclose()
+    finally:
+        database.kill()
 
 
 async def test_turns_wait_for_redis(database: RedisServer, stores: list[RedisSessionStore]) -> None:

@@ -22,8 +22,8 @@ from raylm.actors.sessions import (
     start_store,
 )
 from raylm.chatbot import AsyncChatbot
-from raylm.config import SessionConfig, SimulatedConfig
-from raylm.errors import SessionBusyError, SessionError, SessionNotFoundError
+from raylm.config import ServeConfig, SessionConfig, SimulatedConfig
+from raylm.errors import InvalidRequestError, SessionBusyError, SessionError, SessionNotFoundError
 from raylm.messages import Message, Status
 from tests.actors.redis_server import RedisServer
 from tests.actors.session_stores import (
@@ -405,6 +405,20 @@ def test_missing_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_password_is_not_shown() -> None:
     """A url's password is not in the settings' text."""
     assert "secret" not in repr(SessionConfig(url="redis://:secret@host"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"password_env": "NAME"}, "give its url"),
+        ({"url": "redis://:secret@host", "password_env": "NAME"}, "take one of them out"),
+    ],
+)
+def test_a_password_is_in_one_place(settings: dict[str, Any], reason: str) -> None:
+    """A variable for it needs a database, whose url has no other one; a wrong setting does not show it."""
+    with pytest.raises(InvalidRequestError, match=reason) as raised:
+        ServeConfig.parse({"models": [{"name": "m", "engines": [{"kind": "simulated"}], "sessions": settings}]})
+    assert "secret" not in str(raised.value)
 
 
 SESSIONS = st.sampled_from("abcd")

@@ -2,16 +2,21 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
+from raylm.config import SessionConfig
+
 from .manifests import (
+    CLUSTER,
     KUBERNETES_FILES,
     RAY_FILES,
     container,
@@ -152,7 +157,8 @@ def test_ray_starts_in_the_environment_of_the_readme(pod: dict[str, Any]) -> Non
     expected = readme_variables()
     assert expected.pop("RAY_AUTH_MODE") == "token"
     expected["RAY_SERVE_HAPROXY_BINARY_PATH"] = "/usr/local/bin/raylm-haproxy"
-    assert {variable["name"]: variable["value"] for variable in container(pod)["env"]} == expected
+    plain = [variable for variable in container(pod)["env"] if "valueFrom" not in variable]
+    assert {variable["name"]: variable["value"] for variable in plain} == expected
 
 
 @pytest.mark.parametrize("name", RAY_FILES)
@@ -170,6 +176,20 @@ def test_the_head_keeps_its_state_in_the_redis_of_redis_yaml(name: str) -> None:
     assert options["redisAddress"] == f"{service['metadata']['name']}:{port['port']}"
     (variable,) = container(_PODS["redis.yaml"])["env"]
     assert options["redisPassword"]["valueFrom"] == variable["valueFrom"]
+
+
+@_of_all(_SERVING_PODS)
+def test_gateways_may_keep_sessions_in_the_redis_of_redis_yaml(pod: dict[str, Any]) -> None:
+    """What the README writes for sessions names the Service, and a variable of each pod with the Secret's password."""
+    (line,) = re.findall(r"^sessions: .*$", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    (settings,) = yaml.safe_load(line).values()
+    sessions = SessionConfig(**settings)
+    service = find("redis.yaml", "Service")
+    (port,) = service["spec"]["ports"]
+    assert sessions.url == f"redis://{service['metadata']['name']}:{port['port']}/1"
+    (password,) = (variable for variable in container(pod)["env"] if variable["name"] == sessions.password_env)
+    (variable,) = container(_PODS["redis.yaml"])["env"]
+    assert password["valueFrom"] == variable["valueFrom"]
 
 
 def test_no_password_is_in_a_file() -> None:
