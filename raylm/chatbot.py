@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 import msgspec
 import ray
 import uvloop
+from pydantic import TypeAdapter, ValidationError
 
 from raylm.actors.cluster import connect
 from raylm.actors.manager import PoolManager
@@ -40,6 +41,8 @@ from raylm.template import MetaTemplate, parse_messages
 
 Conversation = Sequence[Mapping[str, str] | Message]
 T = TypeVar("T")
+
+_engine_adapter: TypeAdapter[EngineConfig] = TypeAdapter(EngineConfig)
 
 
 class AsyncChatbot:
@@ -93,6 +96,7 @@ class AsyncChatbot:
             }
         )
         self._template = None if meta_template is None else MetaTemplate.parse(meta_template)
+        self._meta_template = meta_template
         self._address = address
         self._pool_config = pool_config
         self._session_config = session_config or SessionConfig()
@@ -390,6 +394,19 @@ class AsyncChatbot:
             return _raw_request(prompt, config, None, "prompt")
         return self._chat_request(parse_messages(messages), config)
 
+    def recipe(self) -> dict[str, Any]:
+        """Return what another process needs to ask the same engines, once this one has been started.
+
+        It is for JSON, and `made_of` takes it. API keys are left out of it; it says whether there are any.
+        """
+        return {
+            "kind": "engines",
+            "engines": [engine.model_dump(mode="json", exclude={"api_key"}) for engine in self._engines],
+            "has_key": any(getattr(engine, "api_key", None) for engine in self._engines),
+            "meta_template": self._meta_template,
+            "address": self._address,
+        }
+
     def statistics(self) -> PoolStatistics:
         """Return counts and loads at this moment."""
         return self.pool.statistics()
@@ -486,12 +503,36 @@ class AsyncServedModel(AsyncChatbot):
         self._template = self._template or self._served.template
         return self
 
+    def recipe(self) -> dict[str, Any]:
+        """See `AsyncChatbot.recipe`."""
+        return {"kind": "pool", "name": self._model, "address": self._address}
+
     async def aclose(self) -> None:
         """Leave. The actors go on for others."""
         if self._served is not None:
             await self._served.aclose()
             self._served = None
         await super().aclose()
+
+
+def made_of(recipe: Mapping[str, Any], api_key: str | None = None) -> AsyncChatbot:
+    """Return a chatbot, not started, that asks the engines of another one.
+
+    Args:
+        recipe: What the other one's `recipe` returned.
+        api_key: The key of its servers, where it had one: that is in no recipe.
+
+    Raises:
+        InvalidRequestError: the recipe is of another version of raylm.
+    """
+    if recipe["kind"] == "pool":
+        return AsyncServedModel(recipe["name"], address=recipe["address"])
+    key = {"api_key": api_key} if recipe["has_key"] else {}
+    try:
+        engines = [_engine_adapter.validate_python({**engine, **key}) for engine in recipe["engines"]]
+    except ValidationError as error:
+        raise InvalidRequestError(f"the engines are of another version of raylm: {error}") from None
+    return AsyncChatbot(engines, meta_template=recipe["meta_template"], address=recipe["address"])
 
 
 class Chatbot:

@@ -426,21 +426,40 @@ def verify(
     sample: Annotated[int, typer.Option(min=1, metavar="N", help="How many rows.")] = 20,
     seed: Annotated[int | None, typer.Option(help="Of their choice.", show_default=False)] = None,
     as_json: _JsonFigures = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="IN", help="Rows, where the batch has read no file, or it is elsewhere now."),
+    ] = None,
+    pool: _Pool = None,
+    url: _Url = None,
+    model: _OptionalModel = None,
+    tp: _Tp = 1,
+    backend: _Backend = "auto",
+    engine_config: _EngineSettings = None,
+    address: _Address = None,
 ) -> None:
     """Ask some of a batch's greedy rows again, chosen at random, and tell those that are answered otherwise now.
 
-    Their inputs are read from the file that the batch has read, and the same model is started, or the same endpoint is
-    asked, as the batch did last.
+    Their inputs are read from the file that the batch has read, and the same engines are started, or the same endpoint
+    is asked, as the batch did last, unless options name others.
     """
     import msgspec
 
     from raylm.batch import ledger_path
     from raylm.batch.verify import Sample, Verification, to_lines
 
-    chosen = Sample(ledger_path(Path(output)), sample, seed)
-    target = chosen.run.job.get("target")
-    if target is None:
-        raise InvalidRequestError(f"{output}: a program has begun this batch, and did not note who answers it")
+    if source is not None and not source.is_file():
+        raise typer.BadParameter(f"{source}: No such file", param_hint="--input")
+    chosen = Sample(ledger_path(Path(output)), sample, seed, source)
+    if pool or url or model or engine_config or (tp, backend) != (1, "auto"):
+        target = _target(pool, url, model, 1, tp, backend, engine_config, address)
+    elif (noted := chosen.run.job.get("target")) is not None:
+        target = {**noted, "address": address or noted["address"]}
+    else:
+        raise InvalidRequestError(
+            f"{output}: its ledger does not say who is to be asked; say it: --pool NAME for a model that is being "
+            "served, --url URL for a server, or --model and --engine-config for actors of this command's own"
+        )
     chatbot = _chatbot(target)
     requests, changed = chosen.requests(chatbot)
 
@@ -826,6 +845,8 @@ def _waiting_for(chatbot: AsyncChatbot, target: dict[str, Any] | None) -> Abstra
 
     if isinstance(chatbot, AsyncLMDeployPipeline):
         return _starting(chatbot.path, chatbot.replicas)
+    if target is not None and target["kind"] == "engines":
+        return _console.status("starting the engines that the batch had")
     named = {} if target is None else target
     return _console.status(f"connecting to {named.get('name') or named.get('url')}")
 
@@ -879,7 +900,7 @@ def _target(
     engine_config: str | None,
     address: str | None,
 ) -> dict[str, Any]:
-    """Return who is to answer, in the words that a ledger keeps."""
+    """Return who is to answer."""
     if pool is not None and url is not None:
         raise typer.BadParameter("either --pool or --url", param_hint="--pool")
     if (pool or url) and engine_config is not None:
@@ -902,12 +923,14 @@ def _target(
 
 def _chatbot(target: dict[str, Any]) -> AsyncChatbot:
     from raylm.api import AsyncLMDeployClient, AsyncLMDeployPipeline
-    from raylm.chatbot import AsyncServedModel
+    from raylm.chatbot import made_of
 
-    if target["kind"] == "pool":
-        return AsyncServedModel(target["name"], address=target["address"])
+    key = os.environ.get("RAYLM_API_KEY")
+    if target["kind"] in ("pool", "engines"):
+        if target.get("has_key") and not key:
+            raise InvalidRequestError("the batch has asked servers with an API key: put it into RAYLM_API_KEY")
+        return made_of(target, key)
     if target["kind"] == "url":
-        key = os.environ.get("RAYLM_API_KEY")
         return AsyncLMDeployClient(target["url"], target["model"], api_key=key, address=target["address"])
     config = target["engine_config"]
     return AsyncLMDeployPipeline(
@@ -959,7 +982,6 @@ def _run_batch(
                     reading=reading,
                     overwrite=overwrite,
                     shard=shard,
-                    settings={"target": target},
                     total=total,
                     begun=begun,
                     **sampling,

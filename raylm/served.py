@@ -65,14 +65,14 @@ class ServedPool:
         """
         manager = await asyncio.to_thread(find, model)
         config = ModelConfig.model_validate_json(await told(manager.start.remote()))
-        store = await told(manager.sessions.remote())
+        store = connect_store(config.sessions, await told(manager.sessions.remote()), f"raylm:{model}:")
         served: Self
 
         def replace(slot: int, pid: int) -> None:
             served._tasks.start(served._replace(slot, pid))
 
         pool = Pool(config.pool, replace=replace, guided=True)
-        served = cls(manager, config, pool, connect_store(config.sessions, store, f"raylm:{model}:"))
+        served = cls(manager, config, pool, store)
         await served._watch_once()
         served._tasks.start(served._watch())
         return served

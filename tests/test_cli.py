@@ -17,9 +17,11 @@ import psutil
 import pytest
 from msgspec import structs
 
+from raylm import INTERNLM2_META, AsyncLMDeployClient, LMDeployPipeline, SimulatedConfig
 from raylm._version import __version__
-from raylm.batch import open_ledger
+from raylm.batch import open_ledger, run_batch
 from raylm.engines.simulated import greedy_text
+from tests.batch.samples import answered
 
 RAYLM = str(Path(sys.executable).with_name("raylm"))
 TIMEOUT_S = 120.0
@@ -413,6 +415,65 @@ def test_verify_needs_rows_that_can_be_read_again(cluster: str, tmp_path: Path) 
     told = run(None, "verify", str(tmp_path / "out"))
     assert (told.returncode, told.stdout) == (2, "")
     assert "only rows of a file can be read and asked again" in told.stderr
+
+
+SAMPLED_ROWS = "".join(
+    json.dumps(row) + "\n"
+    for row in ({"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}, {"prompt": "c", "max_new_tokens": 6})
+)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_verify_asks_what_a_program_has_asked(cluster: str, tmp_path: Path, in_file: bool) -> None:
+    """A job of `run_batch` is asked again with its engines, template and parameters; rows of no file are to be given."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(SAMPLED_ROWS)
+    with LMDeployPipeline(
+        "simulated",
+        meta_template=INTERNLM2_META,
+        temperature=0,
+        max_new_tokens=5,
+        top_k=None,
+        stop_words="never",
+        backend_config=SimulatedConfig(tokens_per_s=500, model_name="mine"),
+    ) as pipeline:
+        run_batch(pipeline, source if in_file else rows_of(source), target, repetition_penalty=1.1)
+    told = run(cluster, "verify", str(target), *(() if in_file else (f"--input={source}",)))
+    assert (told.returncode, told.stdout) == (0, "3 of 3 rows have the same text again, 0 drifted\n"), told.stderr
+    told = run(None, "verify", str(target), f"--input={tmp_path / 'none'}")
+    assert told.returncode == 2
+    if not in_file:
+        told = run(None, "verify", str(target))
+        assert told.returncode == 2
+        assert "write them into one, in their order, one JSON object a line, and name it with --input" in told.stderr
+
+
+def test_verify_says_what_the_ledger_does_not(mixed: Mixed, cluster: str, tmp_path: Path) -> None:
+    """Without a note of who was asked, the error names the options that say it, and with them it works."""
+    _, folder = mixed
+    shutil.copy(folder / "out.jsonl.ledger", tmp_path / "out.jsonl.ledger")
+    with open_ledger(tmp_path / "out.jsonl") as ledger:
+        noted = {name: value for name, value in ledger.runs[-1].job.items() if name != "target"}
+        ledger.begin(noted, [])
+    told = run(None, "verify", str(tmp_path / "out.jsonl"))
+    assert told.returncode == 2
+    assert all(option in told.stderr for option in ("--pool NAME", "--url URL", "--model and --engine-config"))
+    told = run(cluster, "verify", str(tmp_path / "out.jsonl"), engine(max_context=20))
+    assert (told.returncode, told.stdout) == (0, "3 of 3 rows have the same text again, 0 drifted\n"), told.stderr
+
+
+def test_verify_needs_the_key_of_servers(tmp_path: Path) -> None:
+    """An API key is not in the ledger, which notes that there was one; `verify` says where to put it."""
+    (tmp_path / "in").write_text('{"prompt": "a"}\n')
+    asked = AsyncLMDeployClient("http://127.0.0.1:1", api_key="secret-key").recipe()
+    assert "secret-key" not in json.dumps(asked)
+    with open_ledger(tmp_path / "out") as ledger:
+        ledger.begin({"source": str(tmp_path / "in"), "reading": {}, "target": asked}, [])
+        ledger.add(answered(0))
+        ledger.sync()
+    told = run(None, "verify", str(tmp_path / "out"), RAYLM_API_KEY="")
+    assert told.returncode == 2
+    assert "put it into RAYLM_API_KEY" in told.stderr
 
 
 def test_batch_of_nothing(cluster: str, tmp_path: Path) -> None:

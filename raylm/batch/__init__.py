@@ -23,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from raylm.batch.job import Job, Tally
 from raylm.batch.ledger import Ledger, Record, check_free, engine_key
 from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
@@ -97,7 +99,7 @@ async def run_batch_async(
         overwrite: As in `run_batch`.
         shard: `(number, count)`: answer one of `count` parts of the rows into a ledger of its own, and write no output.
             `merge_shards` puts the parts together.
-        settings: What to note in the ledger of how this job was begun, so that rows can be asked again.
+        settings: What to note in the ledger of how this job was begun, besides what it takes to ask rows again.
         total: How many rows there are, where that is known.
         begun: Called with the `Tally` as the job begins; it changes as the job goes on.
         defaults: As in `run_batch`.
@@ -128,7 +130,7 @@ async def run_batch_async(
             config,
             defaults=defaults,
             shard=shard,
-            settings={**_noted(source, path, reading), "defaults": defaults, **(settings or {})},
+            settings={**_noted(chatbot, source, path, reading, defaults), **(settings or {})},
             total=total,
             in_order=path is None or (path.exists() and not path.is_file()),
         )
@@ -250,9 +252,13 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
     return tally
 
 
-def _noted(source: Source, output: Path | None, reading: Reading) -> dict[str, Any]:
-    """Return what the ledger says of where rows are from, so that they can be found again."""
+def _noted(
+    chatbot: AsyncChatbot, source: Source, output: Path | None, reading: Reading, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the ledger says of who is asked, and for what, so that rows can be asked again."""
     return {
+        "target": chatbot.recipe(),
+        "defaults": msgspec.to_builtins(chatbot._config.updated(defaults)),
         "source": str(Path(source).absolute()) if isinstance(source, Path | str) else None,
         "output": None if output is None else str(output.absolute()),
         "reading": dataclasses.asdict(reading),

@@ -3,7 +3,7 @@
 Greedy rows have one answer each as long as model, weights, engine and its settings are the same; so a text that differs
 tells that something of these is not, or that the engine's arithmetic depends on what else it computes at the time. Rows
 are read from the file that the job's last run has read, and one whose input is not what was asked then is told and not
-compared.
+compared. Who is asked is what the job's last run has noted of its engines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from raylm.batch.job import digest
 from raylm.batch.ledger import Record, Run, engine_key
 from raylm.batch.report import plural, printable, source_of, view_ledger
-from raylm.batch.rows import BadRow, Row, read_file
+from raylm.batch.rows import BadRow, Reading, Row, read_file
 from raylm.chatbot import AsyncChatbot
 from raylm.errors import InvalidRequestError, RaylmError
 from raylm.messages import Request
@@ -93,6 +93,7 @@ class Sample:
         ledger: The ledger's file.
         size: How many rows, if there are so many.
         seed: Of the choice; None: another one each time.
+        source: The file to read rows from; None: the one that the job's last run has read.
 
     Attributes:
         run: The job's last run, which tells what was asked, and whom.
@@ -103,14 +104,14 @@ class Sample:
         OSError: it cannot be read.
     """
 
-    def __init__(self, ledger: Path, size: int, seed: int | None = None) -> None:
+    def __init__(self, ledger: Path, size: int, seed: int | None = None, source: Path | None = None) -> None:
         self._output = ledger.name.removesuffix(".ledger")
         opened = view_ledger(ledger)
         try:
             if not opened.runs:
                 raise InvalidRequestError(f"{ledger} does not tell how its job was begun")
             self.run = opened.runs[-1]
-            self._source, self._reading = _source(ledger, self.run)
+            self._source, self._reading = _source(ledger, self.run, source)
             chosen = random.Random(seed)  # noqa: S311
             records: list[Record] = []
             num_seen = 0
@@ -229,12 +230,17 @@ def to_lines(found: Verification) -> list[str]:
     return lines
 
 
-def _source(ledger: Path, run: Run) -> tuple[Path, Any]:
+def _source(ledger: Path, run: Run, given: Path | None) -> tuple[Path, Reading]:
+    if given is not None:
+        return given, Reading(**run.job.get("reading", {}))
     found = source_of(run)
     if found is None:
         source = run.job.get("source")
         where = "of stdin or of a program" if source is None else f"of {source}, which is no file (any more)"
-        raise InvalidRequestError(f"{ledger}: the rows are {where}; only rows of a file can be read and asked again")
+        raise InvalidRequestError(
+            f"{ledger}: the rows are {where}; only rows of a file can be read and asked again: write them into one, in "
+            "their order, one JSON object a line, and name it with --input"
+        )
     return found
 
 
