@@ -15,6 +15,16 @@ the rows. `resume_cost_ray_data`: the same with a Ray Data job that writes Parqu
 
 `chat_ttft_ratio`: p99 of the time to first token of chat requests, one every 20 ms on average, on a served pool of two
 simulated engines of 64 streams, while a batch job from another process fills the pool, by the same without the job.
+
+`chat_ttft_real_steps`: the same question on SmolLM2-135M-Instruct, one OpenVINO engine with the settings of every served
+model, short chats one a second on average: how many steps of the engine the job adds to a chat's time to the first
+token. Without the job that time is its own prefill. Beside it, a chat that goes first has to wait for the rest of the
+step that is in progress, at most one, and its own step, with its prefill, makes the next token of every row as well,
+which takes one step more. So the bar is 2; more means that it waited for a row to end, or that rows went before it.
+
+Steps are counted by a stream that runs meanwhile: each of its tokens is a step, and within one, time is proportional.
+The figure is the 99th percentile over the chats of the steps from sending to the first token, less the median time
+without the job, in steps of the mean duration beside it (`chat_ttft_real_step_ms`).
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,9 +55,10 @@ from pool_efficiency import CONFIG, MODEL, NUM_TOKENS, Generate, Side, be_side, 
 from raylm.actors.manager_actor import end, serve
 from raylm.api import LMDeployPipeline
 from raylm.batch import ledger_path, run_batch
-from raylm.config import EngineGroup, ModelConfig, SimulatedConfig
-from raylm.messages import GenerationConfig, Request
+from raylm.config import EngineGroup, ModelConfig, OpenVINOConfig, SimulatedConfig
+from raylm.messages import GenerationConfig, Message, Request
 from raylm.models import resolve
+from raylm.pool import Pool
 from raylm.served import ServedPool
 
 RAYLM = str(Path(sys.executable).with_name("raylm"))
@@ -108,11 +120,11 @@ def measure_efficiency(num_prompts: int, num_rounds: int) -> list[Figure]:
 # batch_rows_per_s
 
 
-def write_rows(path: Path, num_rows: int, num_tokens: Callable[[int], int]) -> None:
-    """Write rows that differ."""
+def write_rows(path: Path, num_rows: int, num_tokens: Callable[[int], int], **more: Any) -> None:
+    """Write rows that differ, with more parameters for each."""
     with path.open("w") as file:
         for number in range(num_rows):
-            row = {"prompt": f"question {number} of many", "max_new_tokens": num_tokens(number)}
+            row = {"prompt": f"question {number} of many", "max_new_tokens": num_tokens(number), **more}
             file.write(json.dumps(row) + "\n")
 
 
@@ -310,6 +322,114 @@ def measure_chat(folder: Path, num_requests: int) -> list[Figure]:
     ]
 
 
+# chat_ttft_real_steps
+
+
+class Steps:
+    """A stream that runs all the time: each of its tokens is a step of its engine."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._counts: list[int] = []
+        self._came = asyncio.Event()
+
+    async def run(self, pool: Pool) -> None:
+        """Count until cancelled."""
+        config = GenerationConfig(max_new_tokens=4000, temperature=0, ignore_eos=True)
+        async with pool.stream(Request(request_id="steps", prompt="Once upon a time", config=config)) as stream:
+            async for delta in stream:
+                self._times.append(time.perf_counter())
+                self._counts.append(delta.num_tokens)
+                self._came.set()
+        raise RuntimeError("the stream that counts steps has ended before the chats")
+
+    async def next(self) -> None:
+        """Return when the step that is in progress has ended."""
+        self._came.clear()
+        await self._came.wait()
+
+    def at(self, moment: float) -> float:
+        """Return how many steps there had been at a moment between the first and the last."""
+        after = min(max(bisect(self._times, moment), 1), len(self._times) - 1)
+        (began_at, ended_at), (first, last) = self._times[after - 1 : after + 1], self._counts[after - 1 : after + 1]
+        return first + (last - first) * (moment - began_at) / (ended_at - began_at)
+
+    @property
+    def mean_s(self) -> float:
+        """The mean duration of a step."""
+        return (self._times[-1] - self._times[0]) / (self._counts[-1] - self._counts[0])
+
+
+async def real_chats(name: str, num_requests: int, steps: Steps | None) -> list[tuple[float, float]]:
+    """Return when requests that come at random were sent, and when each had its first token. `steps` runs meanwhile."""
+    rng = random.Random(2)
+    async with await ServedPool.open(name) as served, asyncio.TaskGroup() as group:
+        await served.ready()
+
+        async def one(number: int) -> tuple[float, float]:
+            messages = (Message("user", f"Hello, what is {number} plus {number}?"),)
+            config = GenerationConfig(max_new_tokens=4, temperature=0)
+            sent_at = time.perf_counter()
+            async with served.pool.stream(Request(request_id=f"c{number}", messages=messages, config=config)) as stream:
+                await anext(stream)
+                first_at = time.perf_counter()
+                async for _ in stream:
+                    pass
+            return sent_at, first_at
+
+        counting = None
+        if steps is not None:
+            counting = group.create_task(steps.run(served.pool))
+            await steps.next()
+        chats = []
+        for number in range(num_requests):
+            await asyncio.sleep(rng.expovariate(1))
+            chats.append(group.create_task(one(number)))
+        times = await asyncio.gather(*chats)
+        if steps is not None and counting is not None:
+            await steps.next()
+            counting.cancel()
+        return list(times)
+
+
+def measure_real_chat(folder: Path, num_requests: int) -> list[Figure]:
+    """Chat with a real model, with and without a job on it."""
+    name = f"{SERVED}-real"
+    source, output = folder / "real.jsonl", folder / "real.out"
+    write_rows(source, 20_000, lambda number: 40 + number % 61, ignore_eos=True)
+    resolve(MODEL)
+    asyncio.run(serve(ModelConfig(name=name, engines=(EngineGroup(engine=OpenVINOConfig(path=MODEL)),))))
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    steps = Steps()
+    try:
+        asyncio.run(real_chats(name, 3, None))
+        alone = [first_at - sent_at for sent_at, first_at in asyncio.run(real_chats(name, num_requests, None))]
+        job = job_command(source, output, f"--pool={name}")
+        with subprocess.Popen(job, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            seen: dict[str, int] = {}
+            while num_lines(ledger_path(output), seen) < 100:
+                if process.poll() is not None:
+                    raise RuntimeError("the job ended before the chats began")
+                time.sleep(0.1)
+            beside = asyncio.run(real_chats(name, num_requests, steps))
+            process.send_signal(signal.SIGKILL)
+    finally:
+        asyncio.run(end(name))
+    num_steps = [steps.at(first_at) - steps.at(sent_at) for sent_at, first_at in beside]
+    beside_ms = p99([first_at - sent_at for sent_at, first_at in beside]) * 1e3
+    step_ms = steps.mean_s * 1e3
+    say(
+        f"real model, p99 to the first token: {p99(alone) * 1e3:.0f} ms alone, {beside_ms:.0f} ms beside a job, of "
+        f"steps of {step_ms:.0f} ms"
+    )
+    return [
+        Figure("chat_ttft_real_steps", p99(num_steps) - statistics.median(alone) * 1e3 / step_ms, "", 2, "lower"),
+        Figure("chat_ttft_real_step_ms", step_ms, "ms", better="lower"),
+        Figure("chat_ttft_real_p99_ms", beside_ms, "ms", better="lower"),
+        Figure("chat_ttft_real_alone_p99_ms", p99(alone) * 1e3, "ms", better="lower"),
+    ]
+
+
 def measure(quick: bool) -> list[Figure]:
     """Return all figures."""
     figures: list[Any] = []
@@ -319,6 +439,7 @@ def measure(quick: bool) -> list[Figure]:
         with local_cluster():
             figures += measure_resume(folder, 10_000 if quick else 20_000)
             figures += measure_chat(folder, 500 if quick else 2_000)
+            figures += measure_real_chat(folder, 10 if quick else 30)
     figures += measure_efficiency(200 if quick else 1_000, 1 if quick else 3)
     return figures
 
