@@ -16,11 +16,11 @@ the rows. `resume_cost_ray_data`: the same with a Ray Data job that writes Parqu
 `chat_ttft_ratio`: p99 of the time to first token of chat requests, one every 20 ms on average, on a served pool of two
 simulated engines of 64 streams, while a batch job from another process fills the pool, by the same without the job.
 
-`chat_ttft_real_steps`: the same question on SmolLM2-135M-Instruct, one OpenVINO engine with the settings of every served
-model, short chats one a second on average: how many steps of the engine the job adds to a chat's time to the first
-token. Without the job that time is its own prefill. Beside it, a chat that goes first has to wait for the rest of the
-step that is in progress, at most one, and its own step, with its prefill, makes the next token of every row as well,
-which takes one step more. So the bar is 2; more means that it waited for a row to end, or that rows went before it.
+`chat_ttft_real_steps`: the same question on SmolLM2-135M-Instruct, one OpenVINO engine with the default settings, short
+chats one a second on average: how many steps of the engine the job adds to a chat's time to the first token. Without
+the job that time is its own prefill. Beside it, a chat that goes first has to wait for the rest of the step that is in
+progress, at most one, and its own step, with its prefill, makes the next token of every row as well, which takes one
+step more. So the bar is 2; more means that it waited for a row to end, or that rows went before it.
 
 Steps are counted by a stream that runs meanwhile: each of its tokens is a step, and within one, time is proportional.
 The figure is the 99th percentile over the chats of the steps from sending to the first token, less the median time

@@ -425,7 +425,7 @@ SAMPLED_ROWS = "".join(
 
 @pytest.mark.parametrize("in_file", [True, False])
 def test_verify_asks_what_a_program_has_asked(cluster: str, tmp_path: Path, in_file: bool) -> None:
-    """A job of `run_batch` is asked again with its engines, template and parameters; rows of no file are to be given."""
+    """A job of `run_batch` is asked again with its engines, template and parameters; rows of no file are given."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(SAMPLED_ROWS)
     with LMDeployPipeline(

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import glob
 import re
@@ -269,12 +268,10 @@ def _noted(
 def _noting_the_end(ledger: Ledger) -> Iterator[None]:
     """Have the ledger say how the run ends that begins in the block. It is finished when its output is in its place."""
     num_before = len(ledger.runs)
-    why = ""
+    why = "it was interrupted"
     try:
         yield
-    except asyncio.CancelledError:
-        why = "it was interrupted"
-        raise
+        why = ""
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise

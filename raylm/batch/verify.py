@@ -12,7 +12,6 @@ import random
 from collections.abc import Mapping
 from itertools import compress, count
 from pathlib import Path
-from typing import Any
 
 import msgspec
 

@@ -359,17 +359,18 @@ async def test_the_password_may_be_in_the_environment(
     """A process connects with the password of the variable, which no text shows, and says so where it has none."""
     database = RedisServer(tmp_path, "--requirepass", "p@ss:word/%20")
     database.start()
-    config = SessionConfig(url=database.url.replace("//", f"//{user}"), password_env="RAYLM_TEST_PASSWORD")
+    variable = "RAYLM_TEST_PASSWORD"
+    config = SessionConfig(url=database.url.replace("//", f"//{user}"), password_env=variable)
     try:
-        with pytest.raises(SessionError, match="RAYLM_TEST_PASSWORD .*which is not set in this process"):
+        with pytest.raises(SessionError, match=rf"{variable} .*which is not set in this process"):
             connect_store(config, None, "raylm:test:")
-        monkeypatch.setenv("RAYLM_TEST_PASSWORD", "p@ss:word/%20")
+        monkeypatch.setenv(variable, "p@ss:word/%20")
         store = connect_store(config, None, "raylm:test:")
         assert await turn(store, "s", "one", start=True) == []
         assert await turn(store, "s", "two") == ["one"]
         assert "p@ss" not in repr(config) + config.model_dump_json() + repr(store)
         await store.aclose()
-        monkeypatch.setenv("RAYLM_TEST_PASSWORD", "wrong-one")
+        monkeypatch.setenv(variable, "wrong-one")
         store = connect_store(config, None, "raylm:test:")
         with pytest.raises(SessionStoreError, match="refuses") as raised:
             await store.num_sessions()

@@ -72,7 +72,7 @@ async def test_a_shared_prefix_that_is_seen_first_changes_no_answer(
 async def test_a_row_that_was_sent_to_two_is_given_up_by_the_slower_one(
     pipeline: AsyncLMDeployPipeline, tmp_path: Path
 ) -> None:
-    """The answer of a row whose first engine stands still is as without that; the engine then drops it in the middle."""
+    """The answer of a row whose first engine stands still is as without that; the engine drops it in the middle."""
     questions = [f"Question {number}: what is {number} plus {number}? Answer:" for number in range(4)]
     story = "A story of a lighthouse keeper and a whale, told at length:"
     long: dict[str, Any] = {"max_new_tokens": STORY_TOKENS, "ignore_eos": True}
