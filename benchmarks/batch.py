@@ -21,7 +21,7 @@ chats one a second on average: how many steps more of the engine it takes to a c
 one, the chat's own, with its prefill. Beside the job a chat that goes first has to wait for the end of the step that is
 in progress: one more. Two more would mean that it waited for a row to end, or that rows went before it.
 
-Steps are counted by a stream that runs meanwhile, each of whose tokens is a step: those that end between sending and the
+Steps are counted by a stream that runs meanwhile, each of whose tokens is a step: those that end from sending to the
 first token, the last included. The figure is the 99th percentile over the chats, less one. `chat_ttft_real_step_ms` is
 the mean duration of a step beside the job.
 """
