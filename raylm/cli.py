@@ -5,7 +5,8 @@ Answers go to stdout, and everything else to stderr. Exit codes:
     0    everything was answered
     1    some prompts, rows or turns failed; the others were answered. Of `plan`: it does not fit
     2    wrong usage or wrong input; nothing was done
-    3    it could not start, or could not go on: no room in the cluster, no engine, no disk
+    3    it could not start, or could not go on: no room in the cluster, no engine, no disk, or another
+         command changes what the cluster serves
     130  interrupted by Ctrl-C or SIGTERM
 
 An error is one line. With RAYLM_DEBUG=1 it is a traceback.
@@ -50,6 +51,7 @@ from raylm._version import __version__
 from raylm.config import Backend, BatchConfig, EngineConfig, NodeConfig, ServeConfig
 from raylm.errors import (
     CapacityError,
+    ClusterBusyError,
     EngineStartError,
     InvalidRequestError,
     OutputBusyError,
@@ -78,8 +80,8 @@ _VERIFY_CODES = (
 )
 
 _OPERATE_CODES = (
-    "Exit codes: 0 done; 2 wrong usage, or no such model; 3 no cluster, no room, or no engine; 130 interrupted. "
-    "RAYLM_DEBUG=1 shows tracebacks."
+    "Exit codes: 0 done; 2 wrong usage, or no such model; 3 no cluster, no room, no engine, or another command changes "
+    "what is served; 130 interrupted. RAYLM_DEBUG=1 shows tracebacks."
 )
 
 _LINE_INTERVAL_S = 10.0
@@ -610,7 +612,7 @@ def up(
     names = [model.name for model in settings.models]
     with redirect_stdout(sys.stderr):
         endpoint.connect(start=False)
-        with _console.status(f"starting {', '.join(names)}"):
+        with endpoint.alone(), _console.status(f"starting {', '.join(names)}"):
             endpoint.start(update=True)
             asyncio.run(settled(settings.models))
         others = sorted(set(served_models()) - set(names))
@@ -716,9 +718,10 @@ def drain(
 @app.command(epilog=_OPERATE_CODES)
 def down(*, address: _Address = None) -> None:
     """End what raylm serves on a cluster, and leave nothing of it there. The cluster goes on."""
+    from raylm.actors.cluster import operating
     from raylm.operate import down as end_all
 
-    with _joined(address), _console.status("ending"):
+    with _joined(address), operating(), _console.status("ending"):
         ended = asyncio.run(end_all())
     _say(f"ended: {', '.join(ended)}" if ended else "nothing was served on this cluster")
 
@@ -1227,7 +1230,7 @@ def _say_error(error: BaseException) -> None:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, InvalidRequestError):
         return _WRONG
-    stops = CapacityError | EngineStartError | OutputBusyError | TooManyFailuresError
+    stops = CapacityError | ClusterBusyError | EngineStartError | OutputBusyError | TooManyFailuresError
     if isinstance(error, RaylmError) and not isinstance(error, stops):
         return _FAILED
     return _NO_START

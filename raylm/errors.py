@@ -9,6 +9,7 @@
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
     |- OutputBusyError 409          another process writes that output of a batch job
+    |- ClusterBusyError 409         another program changes what the cluster serves
     |- TooManyFailuresError 500     a batch job was stopped because so many rows failed
     |- BatchStateError 409          the batch has ended already, or still needs that file
     |- BatchStoreError 503          files and batches cannot be reached, or not be written
@@ -110,6 +111,13 @@ class OutputBusyError(RaylmError):
     """Another process works on the batch job with that output."""
 
     status_code = 409
+
+
+class ClusterBusyError(RaylmError):
+    """Another program is changing what the cluster serves."""
+
+    status_code = 409
+    retryable = True
 
 
 class TooManyFailuresError(RaylmError):

@@ -5,23 +5,38 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import ray
+from ray._private import state
 from ray._private.authentication import authentication_token_setup
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.exceptions import ActorAlreadyExistsError
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm.actors.placement import Node
-from raylm.errors import PlacementError
+from raylm.errors import ClusterBusyError, PlacementError
 
 _OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
 _CONNECT_TIMEOUT_S = 5.0
 
 _KEPT = b"raylm"
 """Namespace in Ray's own key-value store, which is private to Ray (2.60); Serve keeps its state there too."""
+
+_OPERATOR = "operator"
+_OPERATORS = "raylm-operators"
+"""Ray namespace of that name. It is apart from that of what is served, all of which `raylm down` ends."""
+
+_RELEASE_S = 5.0
+"""So long after a program's end Ray may take it for one that works."""
+
+_RETRY_S = 0.2
 
 _COUNTED = frozenset({"CPU", "GPU"})
 _BUILTIN = _COUNTED | {"memory", "object_store_memory"}
@@ -74,6 +89,57 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+class _Operator:
+    """Does nothing: what counts is that it is there."""
+
+
+@contextmanager
+def operating() -> Iterator[None]:
+    """Be the one program that changes what the cluster serves, until the block is left. Entering blocks.
+
+    What says so is the name of an actor, which only one can have. Ray ends the actor with the program that has made it,
+    also with one that is killed, so the name is never left taken. It is on the program's own node: both are cut off
+    from the cluster together.
+
+    Raises:
+        ClusterBusyError: another program is at it; the text says which.
+    """
+    make = ray.remote(_Operator).options(
+        name=_OPERATOR,
+        namespace=_OPERATORS,
+        num_cpus=0,
+        max_restarts=-1,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+    )
+    deadline = time.monotonic() + _RELEASE_S
+    while True:
+        try:
+            operator = make.remote()
+            break
+        except ActorAlreadyExistsError:
+            if time.monotonic() > deadline:
+                raise ClusterBusyError(
+                    f"{_other_operator()} is changing what this cluster serves; wait until it has done so, or end it"
+                ) from None
+        time.sleep(_RETRY_S)
+    try:
+        yield
+    finally:
+        ray.kill(operator)
+
+
+def _other_operator() -> str:
+    """Return which program is operating, for people."""
+    try:
+        known = state.actors(ray.get_actor(_OPERATOR, namespace=_OPERATORS)._actor_id.hex())
+    except ValueError:  # it has ended just now
+        known = {}
+    for job in state.jobs():
+        if job["JobID"] == known.get("JobID"):
+            return f"process {job['DriverPid']} on {job['DriverIPAddress']}"
+    return "another program"
 
 
 def remember(key: str, value: bytes) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -102,6 +103,7 @@ class Endpoint:
         self._address = address
         self.proxy, self.proxy_reason = prepare_environment(proxy)
         self._connected: Literal["started", "joined"] | None = None
+        self._begun = False
         self._owns_serve = False
 
     @property
@@ -134,23 +136,23 @@ class Endpoint:
         if self._host in _LOOPBACK:
             os.environ[LOOPBACK] = "1"
         self._connected = connect(self._address, start=start)
-        self._owns_serve = not serve_runs()
-        if start:
-            return
-        if self._owns_serve:
-            self._check_port()
-        else:
-            self._host, self._port = _listens_at()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Return a block in which nobody else changes what the cluster serves; see `raylm.actors.cluster.operating`."""
+        from raylm.actors.cluster import operating
+
+        return nullcontext() if self._connected == "started" else operating()
 
     def start(self, *, update: bool = False) -> None:
-        """Start the gateways and the actors; returns when every slot is up.
+        """Start the gateways and the actors. Call it in `alone`.
 
         Args:
-            update: Models that are served with other settings are updated, actor by actor. Else they are what a command
-                that was killed has left, and end.
+            update: Models that are served with other settings are updated, actor by actor, and this returns before
+                their slots are up. Else they are what a command that was killed has left, and end; it returns when
+                every slot is up.
 
         Raises:
-            EngineStartError: an engine did not start; the text says what to do.
+            EngineStartError: an engine did not start, or the port is taken; the text says what to do.
             PlacementError: the actors do not fit.
             InvalidRequestError: a model is being served with other settings.
         """
@@ -162,8 +164,13 @@ class Endpoint:
         from raylm.serve.app import application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        self._begun = True
+        self._owns_serve = not serve_runs()
         if self._owns_serve:
+            self._check_port()
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
+        elif update:
+            self._host, self._port = _listens_at()
         if not update:
             asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
@@ -181,17 +188,21 @@ class Endpoint:
         except (RayServeException, RuntimeError) as error:  # the latter has no more to say than that it failed
             raise PlacementError(problem or f"the gateways did not start: {error}") from error
         remember(_KEY, self._about_gateways())
-        asyncio.run(_wait_until_up(self._config.models))
+        if not update:
+            asyncio.run(_wait_until_up(self._config.models))
 
     def _runs_as_it_is(self) -> bool:
         """Whether gateways run that need not be replaced: what has changed are engines."""
         from ray import serve
 
         from raylm.actors.cluster import remembered
+        from raylm.actors.manager_actor import served_models
 
         application = serve.status().applications.get(APP)
-        told = remembered(_KEY)
-        return application is not None and application.status == "RUNNING" and told == self._about_gateways()
+        if application is None or application.status != "RUNNING" or remembered(_KEY) != self._about_gateways():
+            return False
+        # Gateways have left a model for good that somebody has ended.
+        return {model.name for model in self._config.models} <= set(served_models())
 
     def _about_gateways(self) -> bytes:
         """Return what of the configuration gateways have to know."""
@@ -212,7 +223,7 @@ class Endpoint:
         return "" if planned.fits else planned.refusal()
 
     def stop(self) -> None:
-        """End gateways and actors, and Serve and Ray where `start` has started them."""
+        """End gateways and actors, and Serve and Ray where `start` has started them. What it has not begun stays."""
         import ray
         from ray import serve
 
@@ -221,17 +232,18 @@ class Endpoint:
 
         if not ray.is_initialized():
             return
-        if self._owns_serve and self._connected != "started":
-            serve.shutdown()
-        else:
-            serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
 
         async def end_all() -> None:
             if self._config.batches is not None:
                 await end_batches(self._config.batches)  # first: its jobs use the models
             await asyncio.gather(*(end(model.name) for model in self._config.models))
 
-        asyncio.run(end_all())
+        if self._begun:
+            if self._owns_serve and self._connected != "started":
+                serve.shutdown()
+            else:
+                serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
+            asyncio.run(end_all())
         if self._connected:
             ray.shutdown()
 
@@ -256,7 +268,8 @@ def serve_until_interrupted(endpoint: Endpoint, started: Callable[[], None]) -> 
         endpoint.connect()
         for number in previous:  # now, because Ray sets handlers of its own
             signal.signal(number, interrupt)
-        endpoint.start()
+        with endpoint.alone():
+            endpoint.start()
         started()
         asked_to_end.wait()
     finally:

@@ -91,6 +91,18 @@ class Cluster:
         self._config.write_text(yaml.safe_dump({"models": [model]}))
         self.told("up", str(self._config), f"--port={self.port}")
 
+    def begin_up(self, engine: dict[str, Any]) -> subprocess.Popen[str]:
+        """Begin to have a model consist of this engine; nobody waits for that."""
+        with tempfile.NamedTemporaryFile("w", dir=self._config.parent, suffix=".yaml", delete=False) as config:
+            yaml.safe_dump({"models": [{"name": "sim", "engines": [engine]}]}, config)
+        return subprocess.Popen(
+            [*_RAYLM, "up", config.name, f"--port={self.port}", f"--address={self.address}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
     def deploy(self, *engines: dict[str, Any]) -> None:
         """Have a model consist of these engines, as `serve deploy` does it."""
         settings = yaml.safe_load(_SERVE_FILE.read_text())
@@ -253,6 +265,43 @@ def test_a_model_that_is_not_served(served: Cluster, arguments: tuple[str, ...])
     result = served.run(*arguments)
     assert result.returncode == 2
     assert "no model 'other' is served on this cluster; served are: sim" in result.stderr
+
+
+def test_a_command_that_is_killed_holds_nobody_up(served: Cluster) -> None:
+    """While `up` waits for room, `up` and `down` are refused, and say who is at it; once it is killed, they are not."""
+    engine = {**ENGINE, "model_name": "after", "replicas": 2}
+    first = served.begin_up({**engine, "num_gpus": 1})  # there are none
+    try:
+        served.wait(lambda: "waiting" in [slot["state"] for slot in served.slots()])
+        second = served.begin_up(engine)
+        refusals = [second.communicate(timeout=_TIMEOUT_S)[1], served.run("down").stderr]
+        assert second.returncode == 3
+        for refusal in refusals:
+            assert f"process {first.pid} on 127.0.0.1 is changing what this cluster serves" in refusal
+    finally:
+        first.kill()
+        first.communicate()
+    served.up(engine)
+    assert served.generate("still there")["receipt"]["model"] == "after"
+
+
+def test_two_at_once() -> None:
+    """Of two that start at the same moment one is refused, or waits until the other is done: never do both work."""
+    with a_cluster() as cluster:
+        names = ["left", "right"]
+        with ThreadPoolExecutor() as threads:
+            commands = [cluster.begin_up({**ENGINE, "model_name": name}) for name in names]
+            outputs = list(threads.map(lambda command: command.communicate(timeout=_TIMEOUT_S)[1], commands))
+        codes = [command.returncode for command in commands]
+        assert sorted(codes) in ([0, 0], [0, 3]), outputs
+        (slot,) = cluster.slots()
+        if 3 in codes:
+            refused = codes.index(3)
+            other = commands[1 - refused].pid
+            assert f"process {other} on 127.0.0.1 is changing what this cluster serves" in outputs[refused]
+            assert slot["model"] == names[1 - refused]
+        assert slot["state"] == "up"
+        assert cluster.generate("hello")["receipt"]["model"] == slot["model"]
 
 
 def test_serve_deploy() -> None:
