@@ -68,6 +68,7 @@ class Conversations:
             SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript.
             RaylmError: whatever the generation raised. The session is as it was before the turn.
         """
+        self._pool.check_open()  # the store may have ended with it
         turn_id = uuid.uuid4().hex
         router = self._pool.router
         candidate = router.pinned(session_id)

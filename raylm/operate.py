@@ -132,12 +132,12 @@ async def down() -> list[str]:
     if await asyncio.to_thread(_end_application):
         ended.append("the gateways")
     served = sorted(await asyncio.to_thread(served_models))
-    await asyncio.gather(*(end(model) for model in served))
-    ended += served
     for actor in await asyncio.to_thread(named_actors):
-        ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
-        ended.append(f"actor {actor}")
-    return ended
+        if actor.rpartition(":")[0] not in served:  # batches, whose rows must not fail for want of the model
+            ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
+            ended.append(f"actor {actor}")
+    await asyncio.gather(*(end(model) for model in served))
+    return ended + served
 
 
 def _end_application() -> bool:

@@ -25,6 +25,7 @@ nobody. All state belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import logging
 import math
@@ -166,6 +167,7 @@ class Pool:
         self._failures: deque[FailedRequest] = deque(maxlen=MAX_FAILURES)
         self._first_token_s, self._token_gap_s, self._queue_s = Histogram(), Histogram(), Histogram()
         self._closed = False
+        self._ended: RaylmError | None = None
         self._tasks.start(self._watch())
 
     async def __aenter__(self) -> Self:
@@ -245,6 +247,28 @@ class Pool:
         """Return for each slot what `attach` returned."""
         return [link.settled for link in self._links.values()]
 
+    def end(self, error: RaylmError) -> None:
+        """Take no requests any more. Those that wait fail, those that run do when their actor does.
+
+        Args:
+            error: What they fail with, and every request that comes.
+        """
+        self._ended = error
+        for stream in self._waiting():
+            self._settle(stream, error=error)
+
+    def check_open(self) -> None:
+        """Do nothing while the pool takes requests.
+
+        Raises:
+            NoActorError: it is closed.
+            RaylmError: it has ended; see `end`.
+        """
+        if self._closed:
+            raise NoActorError("the pool was closed")
+        if self._ended is not None:
+            raise copy.copy(self._ended)
+
     async def aclose(self) -> None:
         """Fail what is still waiting or running, and leave the actors. Ends every task of this pool."""
         if self._closed:
@@ -291,9 +315,9 @@ class Pool:
         Raises:
             PoolSaturatedError: the queue is full.
             NoActorError: the pool is closed, or none of its slots can be started.
+            RaylmError: it has ended; see `end`.
         """
-        if self._closed:
-            raise NoActorError("the pool was closed")
+        self.check_open()
         limit = self.config.max_queued
         if limit is not None and self._num_waiting >= limit:
             if self._dispatch_due:
@@ -400,9 +424,9 @@ class Pool:
         Raises:
             InvalidRequestError: the engines cannot tell, or cannot take that prompt.
             NoActorError: the pool is closed, or none of its slots is up.
+            RaylmError: it has ended; see `end`.
         """
-        if self._closed:
-            raise NoActorError("the pool was closed")
+        self.check_open()
         message = _encode(request)
         for link in sorted(self._links.values(), key=lambda link: len(link.streams)):
             if link.state != "up":
@@ -476,11 +500,11 @@ class Pool:
 
     @property
     def can_work(self) -> bool:
-        """Whether any slot may ever be up: False once the pool is closed, or no engine could be started.
+        """Whether any slot may ever be up: False once the pool is closed or ended, or no engine could be started.
 
         A pool without slots waits for some.
         """
-        return not self._closed and not self._hopeless
+        return not self._closed and not self._hopeless and self._ended is None
 
     @property
     def max_context(self) -> int | None:
@@ -694,8 +718,8 @@ class Pool:
             stream._fruitless = 0
         elif cause != "drained":  # nothing has failed
             stream._fruitless += 1
-        if stream._fruitless >= self.config.max_attempts:
-            self._settle(stream, error=error)
+        if self._ended is not None or stream._fruitless >= self.config.max_attempts:
+            self._settle(stream, error=self._ended or error)
             return
         self._leave(stream)
         if cause != "died":

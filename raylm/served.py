@@ -1,7 +1,9 @@
 """ServedPool: a pool on the actors of a served model, whoever else uses them.
 
 Its slots are those that the model's manager publishes, its sessions are in the store that all pools of the model share,
-and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it.
+and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it until
+Ray has started the next one. When it has been ended for good the model is served no longer, and all that waits or comes
+is told so.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.manager_actor import Membership, find, told
+from raylm.actors.manager_actor import Membership, find, has_ended, told
 from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
-from raylm.errors import EngineStartError
+from raylm.errors import EngineStartError, ModelNotFoundError
 from raylm.pool import Pool
 from raylm.statistics import ModelState
 from raylm.tasks import Tasks
@@ -43,6 +45,7 @@ class ServedPool:
         pool: The pool.
         conversations: Its sessions.
         template: How messages become a prompt; None: the model's own chat template.
+        is_served: False once the model has been ended. Requests then fail with ModelNotFoundError.
     """
 
     def __init__(self, manager: Any, config: ModelConfig, pool: Pool, store: SessionStore) -> None:
@@ -50,6 +53,7 @@ class ServedPool:
         self.pool = pool
         self.conversations = Conversations(pool, store, config.sessions.turn_timeout_s)
         self.template: MetaTemplate | None = named_template(config.meta_template)
+        self.is_served = True
         self._manager = manager
         self._store = store
         self._version = 0
@@ -90,14 +94,16 @@ class ServedPool:
         """Whether requests get answers: some slot is up, or the model has none until there is work."""
         scales_to_none = any(group.autoscaling and not group.autoscaling.min_replicas for group in self.config.engines)
         pool = self.pool
-        return pool.num_up > 0 or not pool.slots or (scales_to_none and pool.can_work)
+        return pool.can_work and (pool.num_up > 0 or not pool.slots or scales_to_none)
 
     async def state(self) -> ModelState:
         """Return what all pools of the model do.
 
         Raises:
             NoActorError: the manager is being restarted.
+            ModelNotFoundError: the model has been ended.
         """
+        self.pool.check_open()
         state = _decode_state(await told(self._manager.state.remote()))
         state.num_sessions = await self.conversations.num_sessions()
         return state
@@ -110,6 +116,8 @@ class ServedPool:
         """
         if self.pool.cancel(request_id):
             return True
+        if not self.is_served:
+            return False
         await told(self._manager.cancel.remote(request_id))
         return False
 
@@ -145,17 +153,29 @@ class ServedPool:
             self.pool.cancel(request_id)
 
     async def _watch(self) -> None:
-        while True:
+        while self.is_served:
             try:
                 await self._watch_once()
+            except ray.exceptions.ActorDiedError:
+                if await has_ended(self._manager):
+                    self._end()
+                await asyncio.sleep(_RETRY_S)
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(_RETRY_S)
             except ray.exceptions.RayTaskError as error:
                 _log.warning("the manager of %s does not answer: %s", self.config.name, error.cause)
                 await asyncio.sleep(_RETRY_S)
 
+    def _end(self) -> None:
+        name = self.config.name
+        _log.warning("model %s has been ended: its requests are refused from now on", name)
+        self.is_served = False
+        self.pool.end(
+            ModelNotFoundError(f"model {name!r} is served no longer: it has been ended; `raylm up` serves it again")
+        )
+
     async def _replace(self, slot: int, pid: int) -> None:
-        while True:
+        while self.is_served:
             try:
                 await self._manager.replace.remote(slot, pid)
             except ray.exceptions.RayActorError:

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import ray
 import ray.exceptions
+from ray._private import state
 
 from raylm.actors.fleet import Fleet, Record, delete_record, in_charge, load_record, save_record
 from raylm.actors.manager import NAMESPACE, PoolManager, end_all, named_actors
@@ -232,14 +233,14 @@ class ManagerActor:
         """Return a `ModelState`."""
         fleet = await self._fleet()
         reports = self._clients.reports()
-        state = copy.deepcopy(self._clients.departed)
+        found = copy.deepcopy(self._clients.departed)
         for report in reports:
-            state.count(report)
-        state.watch(reports)
-        seen = {slot.slot: slot for slot in state.slots}
-        state.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
-        state.num_wanted = fleet.num_wanted
-        return _encode(state)
+            found.count(report)
+        found.watch(reports)
+        seen = {slot.slot: slot for slot in found.slots}
+        found.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
+        found.num_wanted = fleet.num_wanted
+        return _encode(found)
 
     async def close(self) -> None:
         """End all actors. This one is left to be killed."""
@@ -311,6 +312,15 @@ def find(model: str) -> Any:
     except ValueError:
         served = ", ".join(sorted(served_models())) or "none"
         raise ModelNotFoundError(f"no model {model!r} is served on this cluster; served are: {served}") from None
+
+
+async def has_ended(manager: Any) -> bool:
+    """Return whether a manager has been ended for good. One that is being restarted has not.
+
+    Ray's word for it is asked for, because a call that was under way fails alike in both cases, and no answer is none.
+    """
+    known = await asyncio.to_thread(state.actors, manager._actor_id.hex())
+    return known.get("State") == "DEAD"
 
 
 def served_models() -> list[str]:

@@ -156,7 +156,7 @@ class Gateway:
 
     async def models(self) -> Response:
         """List the models that are served."""
-        return JSON(ModelList([ModelCard(name, served.pool.max_context) for name, served in self._served.items()]))
+        return JSON(ModelList([ModelCard(each.config.name, each.pool.max_context) for each in self._still_served]))
 
     async def chat_completions(self, body: ChatCompletionBody, http: HTTPRequest) -> Response:
         """Answer a conversation."""
@@ -316,7 +316,7 @@ class Gateway:
 
     async def cancel_request(self, request_id: SessionPath) -> Response:
         """Abort a request. Where another gateway has it, that one is asked to: status 202."""
-        here = [await served.cancel(request_id) for served in self._served.values()]
+        here = [await served.cancel(request_id) for served in self._served.values()]  # one that has ended may run it
         if any(here):
             return JSON(Cancelled(request_id, True))
         return JSON(Cancelled(request_id, "asked"), status_code=202)
@@ -348,13 +348,21 @@ class Gateway:
 
     # What the routes have in common
 
+    @property
+    def _still_served(self) -> list[ServedPool]:
+        """Those of its models that nobody has ended meanwhile."""
+        return [served for served in self._served.values() if served.is_served]
+
     def _find(self, model: str | None) -> ServedPool:
         if model is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
-        if model is None:
+            (served,) = self._served.values()
+        elif model is None:
             raise InvalidRequestError(f"model: say which one: {', '.join(self._served)}")
-        if (served := self._served.get(model)) is None:
+        elif model in self._served:
+            served = self._served[model]
+        else:
             raise ModelNotFoundError(f"model: no {model!r} is served here; there are: {', '.join(self._served)}")
+        served.pool.check_open()
         return served
 
     def _check_number(self, param: str, number: int) -> None:
@@ -424,7 +432,7 @@ class Gateway:
         raise first
 
     async def _session(self, session_id: str, model: str | None) -> tuple[ServedPool, Any]:
-        candidates = [self._find(model)] if model is not None else list(self._served.values())
+        candidates = [self._find(model)] if model is not None else self._still_served
         for served in candidates:
             try:
                 return served, await served.conversations.load(session_id)
@@ -433,7 +441,7 @@ class Gateway:
         raise SessionNotFoundError(f"there is no session {session_id}")
 
     async def _states(self) -> list[ModelState]:
-        return list(await asyncio.gather(*(served.state() for served in self._served.values())))
+        return list(await asyncio.gather(*(served.state() for served in self._still_served)))
 
 
 class _StatusStream(EventStream):

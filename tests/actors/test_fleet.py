@@ -17,7 +17,7 @@ from ray._private import state
 
 from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
-from raylm.errors import InvalidRequestError, RaylmError
+from raylm.errors import InvalidRequestError, ModelNotFoundError, RaylmError
 from raylm.messages import Completion, Message, Request
 from raylm.pool import Pool
 from raylm.served import ServedPool
@@ -264,6 +264,44 @@ async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
     assert {completion.receipt.attempts for completion in completions} == {1}
 
 
+async def test_a_model_that_is_ended(serve_model: Serve) -> None:
+    """Its pools ask no more: what waits fails, what comes is refused, and both say that it is served no longer."""
+    served = await serve_model({**SIMULATED, "capacity": 1})
+    pool = served.pool.pool
+    async with pool.stream(ask("runs", 2000)) as running, pool.stream(ask("waits")) as waiting:
+        await anext(running)
+        await end(NAME)
+        for stream in (running, waiting):
+            with pytest.raises(ModelNotFoundError, match="model 'fleet' is served no longer"):
+                await stream.completion()
+    with pytest.raises(ModelNotFoundError, match="served no longer"):
+        await pool.generate(ask("comes"))
+    with pytest.raises(ModelNotFoundError, match="served no longer"):
+        async with served.pool.conversations.turn("a", (), lambda _: ask("comes"), start=True, end=True):
+            pass
+    with pytest.raises(ModelNotFoundError, match="served no longer"):
+        await served.pool.state()
+    assert (served.pool.is_served, served.pool.answers) == (False, False)
+    async with asyncio.timeout(10):
+        while len(served.pool._tasks):
+            await asyncio.sleep(0.05)
+
+
+async def test_a_manager_that_is_restarted_is_waited_for(serve_model: Serve) -> None:
+    """However often its process is killed, the pool comes back to the next one, and answers meanwhile."""
+    served = await serve_model(SIMULATED)
+    load = served.load()
+    for _ in range(3):
+        before = await _pid(served.manager)
+        os.kill(before, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while await _pid(served.manager) in (before, 0) or not await _knows(served):
+                await asyncio.sleep(0.05)
+    assert served.pool.is_served
+    completions = await load.over()
+    assert {completion.receipt.attempts for completion in completions} == {1}
+
+
 async def test_scales_by_the_work(serve_model: Serve) -> None:
     """From none to the most there may be while there is work, and back when it is done."""
     scaling = {
@@ -338,6 +376,14 @@ async def test_sessions_cannot_be_changed_in_service(serve_model: Serve) -> None
     changed = config(SIMULATED, sessions={"ttl_s": 1}).model_dump_json()
     with pytest.raises(InvalidRequestError, match="sessions: "):
         await told(served.manager.update.remote(changed, time.time_ns()))
+
+
+async def _knows(served: Served) -> bool:
+    """Return whether the manager has heard of the pool, of which an earlier process knew."""
+    try:
+        return [slot.state for slot in (await served.state()).slots if slot.capacity] == ["up"]
+    except RaylmError:
+        return False
 
 
 async def _pid(actor: Any) -> int:

@@ -304,6 +304,56 @@ def test_two_at_once() -> None:
         assert cluster.generate("hello")["receipt"]["model"] == slot["model"]
 
 
+_END = """
+import asyncio, sys
+from raylm.actors.cluster import connect
+from raylm.actors.manager_actor import end
+connect(sys.argv[1], start=False)
+asyncio.run(end("sim"))
+"""
+_ASK_LATER = """
+import sys, raylm
+with raylm.connect("sim", address=sys.argv[1]) as chatbot:
+    print(chatbot.generate("hello"), flush=True)
+    sys.stdin.readline()
+    try:
+        chatbot.generate("hello again")
+    except raylm.errors.ModelNotFoundError as error:
+        print(error)
+"""
+
+
+def test_a_model_that_is_ended() -> None:
+    """Gateways and programs that have used it refuse requests, and say why; `up` serves it again."""
+    with a_cluster() as cluster:
+        cluster.up(ENGINE)
+        subprocess.run([sys.executable, "-c", _END, cluster.address], check=True, env=cluster.environment)
+        url = f"http://127.0.0.1:{cluster.port}"
+        response = requests.post(f"{url}/generate", json={"inputs": "hello"}, timeout=60)
+        assert (response.status_code, response.json()["error"]["type"]) == (404, "ModelNotFoundError")
+        assert "model 'sim' is served no longer" in response.json()["error"]["message"]
+        assert requests.get(f"{url}/v1/models", timeout=60).json()["data"] == []
+        assert requests.get(f"{url}/state", timeout=60).json()["models"] == []
+        assert not cluster.is_healthy()
+        cluster.up(ENGINE)
+        assert cluster.generate("hello")["text"] != ""
+        program = subprocess.Popen(
+            [sys.executable, "-c", _ASK_LATER, cluster.address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=cluster.environment,
+        )
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline().strip()
+            cluster.told("down")
+            assert "model 'sim' is served no longer" in program.communicate("\n", timeout=_TIMEOUT_S)[0]
+        finally:
+            program.kill()
+            program.wait()
+
+
 def test_serve_deploy() -> None:
     """The file in `cluster/` can be deployed, a changed one updates what runs, and `down` ends it."""
     with a_cluster() as cluster:
