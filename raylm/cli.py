@@ -545,7 +545,7 @@ def serve(
 
 
 @app.command(
-    epilog="Exit codes: 0 it fits; 1 it does not; 2 wrong usage or input; 3 there is no such cluster.",
+    epilog="Exit codes: 0 it fits as it starts; 1 it does not; 2 wrong usage or input; 3 there is no such cluster.",
 )
 def plan(
     config: Annotated[
@@ -564,9 +564,10 @@ def plan(
 ) -> None:
     """Show, node by node, which replica's ranks would go where, and what is missing. Starts no actor.
 
-    It plans with what is free now: what is running already keeps its place.
+    It plans with what is free now: what is running already keeps its place. Models are placed as they start; where
+    autoscaling may make more of them, the last line says whether the most would fit.
     """
-    from raylm.actors.placement import Node, nodes_of, replicas_of
+    from raylm.actors.placement import Node, nodes_of, outlook, replicas_of
     from raylm.actors.placement import plan as place
 
     settings = ServeConfig() if config is None else ServeConfig.load(config)
@@ -588,6 +589,8 @@ def plan(
     print(planned.text())  # noqa: T201
     if not planned.fits:
         raise typer.Exit(_FAILED)
+    if most := outlook(found, settings.models):
+        print(most)  # noqa: T201
 
 
 @app.command(epilog=_OPERATE_CODES)

@@ -403,6 +403,11 @@ class EngineGroup(_Config):
     replicas: int = Field(default=1, ge=0)
     autoscaling: AutoscalingConfig | None = None
 
+    @property
+    def most(self) -> int:
+        """As many actors as there may ever be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
     @model_validator(mode="before")
     @classmethod
     def _from_flat(cls, settings: Any) -> Any:
@@ -452,9 +457,13 @@ class ModelConfig(_Config):
             raise ValueError("engines: only one group can have autoscaling, for they share the work")
         return self
 
-    def slots(self) -> list[EngineConfig]:
-        """Return the engine of each slot."""
-        return [group.engine for group in self.engines for _ in range(group.replicas)]
+    def slots(self, *, most: bool = False) -> list[EngineConfig]:
+        """Return the engine of each slot.
+
+        Args:
+            most: With as many actors as autoscaling may ask for, not those that there are at first.
+        """
+        return [group.engine for group in self.engines for _ in range(group.most if most else group.replicas)]
 
 
 class NodeConfig(_Config):

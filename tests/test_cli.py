@@ -239,6 +239,40 @@ def test_a_plan_for_nodes_that_are_not_there(tmp_path: Path) -> None:
     assert "big: 1 replica of 8 GPUs and 1 CPU, over several nodes, does not fit: room for 0" in result.stdout
 
 
+SCALING = """
+models:
+  - name: fixed
+    engines: [{kind: simulated, num_gpus: 2, replicas: 2}]
+  - name: small
+    engines: [{kind: simulated, num_gpus: 1, autoscaling: {min_replicas: 0, max_replicas: 4}}]
+"""
+
+
+def test_a_plan_for_what_scales_itself(tmp_path: Path) -> None:
+    """What it starts with decides on the exit code; whether the most would fit is told beside it."""
+    config = tmp_path / "config.yaml"
+    config.write_text(SCALING)
+    result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 8}]')
+    assert result.stdout.splitlines() == [
+        "node: 8 CPUs, 8 GPUs: fixed slots 0-1 (ranks 0-1 each)",
+        "",
+        "it fits: 2 replicas on 1 node and 4 of 8 free GPUs",
+        "with max_replicas, 4 of small in place of 0, it fits: 6 replicas on 1 node and 8 of 8 free GPUs",
+    ]
+    assert (result.returncode, result.stderr) == (0, "")
+    result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 6}]')
+    assert result.stdout.splitlines()[2:] == [
+        "it fits: 2 replicas on 1 node and 4 of 6 free GPUs",
+        "with max_replicas, 4 of small in place of 0, it does not fit. small: 4 replicas of 1 GPU each, on one node "
+        "each, do not fit: room for 2; missing: 2 GPUs. What would fit: 2 replicas, or 1 more node like node",
+    ]
+    assert result.returncode == 0
+    result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 2}]')
+    assert "fixed: 2 replicas of 2 GPUs each, on one node each, do not fit: room for 1" in result.stdout
+    assert "max_replicas" not in result.stdout
+    assert result.returncode == 1
+
+
 @pytest.mark.parametrize("wrong", ["[{}]", '[{"num_cpus": 1, "gpus": 1}]', "/no/such/file", "[1"])
 def test_wrong_nodes_to_plan_for(wrong: str) -> None:
     """A wrong `--nodes` is named, and the exit code is 2."""

@@ -284,13 +284,14 @@ class Plan:
 
     def text(self) -> str:
         """Return all of it for people: the nodes, and whether it fits or why not."""
-        if not self.fits:
-            return "\n".join([*self.lines(), "", *self.problems()])
+        return "\n".join([*self.lines(), "", *([self._fit()] if self.fits else self.problems())])
+
+    def _fit(self) -> str:
+        """Return what fits, and on how much."""
         gpus = sum(node.free("GPU") for node in self.nodes)
         taken = sum(replica.shape.num_gpus for replica in self.replicas if replica.shape.accelerator == "GPU")
         of_gpus = f" and {taken:g} of {_count(gpus, 'free GPU')}" if taken else ""
-        fits = f"it fits: {_count(len(self.replicas), 'replica')} on {_count(len(self.nodes), 'node')}{of_gpus}"
-        return "\n".join([*self.lines(), "", fits])
+        return f"it fits: {_count(len(self.replicas), 'replica')} on {_count(len(self.nodes), 'node')}{of_gpus}"
 
     def refusal(self) -> str:
         """Return in one line why it does not fit, and what each node has."""
@@ -411,9 +412,33 @@ def plan(nodes: Sequence[Node], replicas: Sequence[Replica], *, search: bool = T
     return Plan(tuple(nodes), tuple(replicas), tuple(places))
 
 
-def replicas_of(models: Iterable[ModelConfig]) -> list[Replica]:
-    """Return the slots of models that are to be served."""
-    return [Replica(slot, shape(engine), model.name) for model in models for slot, engine in enumerate(model.slots())]
+def replicas_of(models: Iterable[ModelConfig], *, most: bool = False) -> list[Replica]:
+    """Return the slots of models that are to be served.
+
+    Args:
+        models: The models.
+        most: See `ModelConfig.slots`.
+    """
+    return [
+        Replica(slot, shape(engine), model.name)
+        for model in models
+        for slot, engine in enumerate(model.slots(most=most))
+    ]
+
+
+def outlook(nodes: Sequence[Node], models: Sequence[ModelConfig]) -> str:
+    """Return whether models would fit with all actors that autoscaling may ask for; empty where it asks for no more."""
+    more = [
+        f"{group.most} of {model.name} in place of {group.replicas}"
+        for model in models
+        for group in model.engines
+        if group.most > group.replicas
+    ]
+    if not more:
+        return ""
+    planned = plan(nodes, replicas_of(models, most=True))
+    verdict = planned._fit() if planned.fits else f"it does not fit. {'. '.join(planned.problems())}"
+    return f"with max_replicas, {_join(more)}, {verdict}"
 
 
 def nodes_of(configs: Iterable[NodeConfig]) -> list[Node]:
