@@ -25,7 +25,7 @@ from types import MappingProxyType
 import msgspec
 from filelock import FileLock
 
-from raylm.errors import EngineStartError
+from raylm.errors import EngineStartError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _download_snapshot(hub_id: str, local: Path) -> Path:
         raise _unknown_model(
             hub_id,
             local,
-            f"and no repository that this host may read on the hub ({_first_line(error)}). A private or gated one "
+            f"and no repository that this host may read on the hub ({first_line(error)}). A private or gated one "
             "needs HF_TOKEN",
         ) from error
     # OSError: disk, connection, not in the cache while offline. ValueError: not a valid id. RuntimeError: transfers.
@@ -218,7 +218,7 @@ def _download_snapshot(hub_id: str, local: Path) -> Path:
         raise _unknown_model(
             hub_id,
             local,
-            f"and the hub did not deliver it ({type(error).__name__}: {_first_line(error)}). If this host has no "
+            f"and the hub did not deliver it ({type(error).__name__}: {first_line(error)}). If this host has no "
             "network, download the model elsewhere and copy its folder here",
         ) from error
 
@@ -228,10 +228,6 @@ def _unknown_model(path: str, local: Path, hub: str) -> EngineStartError:
         f"no model {path!r} on host {_host()}: no file or folder {local}, no built-in alias (those are "
         f"{', '.join(BUILTIN_MODELS)}), {hub}. Pass the path of a GGUF file or model folder that every node has"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _host() -> str:

@@ -81,15 +81,6 @@ class Record(msgspec.Struct):
     engines: dict[int, str] = {}
     draining: list[int] = []
 
-    def wanted(self) -> list[str]:
-        """Return the engine settings of each actor that there should be, as JSON."""
-        groups = ModelConfig.model_validate_json(self.config).engines
-        return [
-            group.engine.model_dump_json()
-            for group, replicas in zip(groups, self.replicas, strict=True)
-            for _ in range(replicas)
-        ]
-
     def number(self, engines: Iterable[str]) -> list[int]:
         """Give new slots their numbers, and return these."""
         slots = []
@@ -125,6 +116,19 @@ def save_record(model: str, record: bytes) -> None:
 def delete_record(model: str) -> None:
     """Forget a record. Blocks."""
     forget(_key(model))
+
+
+def check_update(served: ModelConfig, wanted: ModelConfig) -> None:
+    """See that a model that is served can be brought to other settings in service.
+
+    Raises:
+        InvalidRequestError: it cannot.
+    """
+    if wanted.sessions != served.sessions:
+        raise InvalidRequestError(
+            f"sessions: those of {wanted.name} are kept as they were begun; end the model first (`raylm down`) to "
+            "change that"
+        )
 
 
 def _key(model: str) -> str:
@@ -217,15 +221,13 @@ class Fleet:
     def __init__(self, record: Record, manager: PoolManager, clients: Clients, *, taken_over: bool) -> None:
         self.slots: dict[int, Slot] = {}
         self._record = record
-        self._config = ModelConfig.model_validate_json(record.config)
         self._manager = manager
         self._clients = clients
         self._changed = asyncio.Event()
-        self._autoscaler: Autoscaler | None = None
         self._room_due = 0.0
         self._saving = asyncio.Lock()
         self._tasks = Tasks("a fleet")
-        self._begin_scaling()
+        self._follow(ModelConfig.model_validate_json(record.config))
         for number, engine in record.engines.items():
             slot = Slot(number, engine, manager.actors[number])
             if number in record.draining:
@@ -279,10 +281,7 @@ class Fleet:
         """
         if as_of <= self._record.as_of:
             return
-        if config.sessions != self._config.sessions:
-            raise InvalidRequestError(
-                f"sessions: those of {config.name} are kept as they were begun; end the model first to change that"
-            )
+        check_update(self._config, config)
         replicas = []
         for index, group in enumerate(config.engines):
             bounds = group.autoscaling
@@ -292,8 +291,7 @@ class Fleet:
             else:
                 replicas.append(group.replicas)
         self._record.config, self._record.replicas, self._record.as_of = config.model_dump_json(), replicas, as_of
-        self._config = config
-        self._begin_scaling()
+        self._follow(config)
         await self._save()
         self._changed.set()
 
@@ -334,6 +332,18 @@ class Fleet:
 
     # What is wanted
 
+    def _follow(self, config: ModelConfig) -> None:
+        """Take a configuration for what is wanted."""
+        self._config = config
+        self._engines = [group.engine.model_dump_json() for group in config.engines]
+        scaling = [group.autoscaling for group in config.engines if group.autoscaling is not None]
+        self._autoscaler = Autoscaler(scaling[0]) if scaling else None
+
+    def _wanted(self) -> list[str]:
+        """Return the engine settings of each actor that there should be, as JSON."""
+        each = zip(self._engines, self._record.replicas, strict=True)
+        return [engine for engine, replicas in each for _ in range(replicas)]
+
     async def _keep(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
@@ -356,7 +366,7 @@ class Fleet:
     async def _step(self) -> None:
         """Do what brings the actors closer to those that are wanted."""
         await self._look_for_room()
-        loads, wanted = self._loads(), self._record.wanted()
+        loads, wanted = self._loads(), self._wanted()
         members = [
             Member(slot.number, slot.engine, self._phase(slot, wanted), loads.get(slot.number, 0), slot.may_fit)
             for slot in self.slots.values()
@@ -423,15 +433,11 @@ class Fleet:
 
     # How many, by the work
 
-    def _begin_scaling(self) -> None:
-        scaling = [group.autoscaling for group in self._config.engines if group.autoscaling is not None]
-        self._autoscaler = Autoscaler(scaling[0]) if scaling else None
-
     async def _autoscale(self) -> None:
         if self._autoscaler is None:
             return
         group = next(index for index, each in enumerate(self._config.engines) if each.autoscaling is not None)
-        others = {each.engine.model_dump_json() for index, each in enumerate(self._config.engines) if index != group}
+        others = {engine for index, engine in enumerate(self._engines) if index != group}
         loads = self._loads()
         outstanding = sum(
             loads.get(slot.number, 0)

@@ -133,14 +133,13 @@ class PoolManager:
     def waiting(self, slots: Iterable[int]) -> dict[int, tuple[str, bool]]:
         """Return which of these slots have no room: why, and whether they would fit if the nodes were idle. Blocks."""
         replicas = dict(self._replicas)  # the loop may change them meanwhile
-        waiting = [replicas[slot] for slot in slots if slot in replicas and not self._has_room(slot)]
-        if not waiting:
+        now = self._plan_waiting(replicas[slot] for slot in slots if slot in replicas)
+        if now.fits:
             return {}
-        now = _plan(waiting)
-        idle = dict(zip(waiting, _on_idle_nodes(now).places, strict=True))
+        why, idle = now.refusal(), _on_idle_nodes(now)
         return {
-            replica.slot: (now.refusal(), bool(idle[replica]))
-            for replica, places in zip(waiting, now.places, strict=True)
+            replica.slot: (why, bool(could))
+            for replica, places, could in zip(now.replicas, now.places, idle.places, strict=True)
             if not places
         }
 
@@ -249,9 +248,12 @@ class PoolManager:
 
     def _look(self, replicas: Sequence[Replica]) -> tuple[str, bool]:
         """Return why those that still have no room have none, and whether all would fit if the nodes were idle."""
-        waiting = [replica for replica in replicas if not self._has_room(replica.slot)]
-        now = _plan(waiting)
+        now = self._plan_waiting(replicas)
         return "" if now.fits else now.refusal(), _on_idle_nodes(replace(now, replicas=tuple(replicas))).fits
+
+    def _plan_waiting(self, replicas: Iterable[Replica]) -> Plan:
+        """Return the plan of those that have no room yet."""
+        return _plan([replica for replica in replicas if not self._has_room(replica.slot)])
 
     def _has_room(self, slot: int) -> bool:
         if (group := self._groups.get(slot)) is not None:

@@ -272,7 +272,7 @@ class ManagerActor:
             config = self._config
             record = Record(me, config.model_dump_json(), self._as_of, [group.replicas for group in config.engines])
             record.next_slot = await asyncio.to_thread(end_all, name)  # nobody knows what these were
-            record.number(record.wanted())
+            record.number(engine.model_dump_json() for engine in config.slots())
             await asyncio.to_thread(save_record, name, msgspec.json.encode(record))
         config = ModelConfig.model_validate_json(record.config)
         try:

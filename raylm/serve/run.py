@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from raylm.config import ModelConfig, ServeConfig
-from raylm.errors import EngineStartError, InvalidRequestError, PlacementError
+from raylm.errors import EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.haproxy import LOOPBACK
 
@@ -312,16 +312,14 @@ def _listens_at() -> tuple[str, int]:
 
 async def _update(models: tuple[ModelConfig, ...], as_of: int) -> None:
     """Have those models updated that are served with other settings. None is when one cannot be."""
+    from raylm.actors.fleet import check_update
     from raylm.actors.manager_actor import serve, served_config, served_models
 
     served = set(await asyncio.to_thread(served_models))
     changed = []
     for model in models:
         if model.name in served and (now := await served_config(model.name)) is not None and now != model:
-            if now.sessions != model.sessions:
-                raise InvalidRequestError(
-                    f"sessions: those of {model.name} are kept as they were begun; `raylm down` first, to change that"
-                )
+            check_update(now, model)
             changed.append(model)
     for model in changed:
         await serve(model, as_of)

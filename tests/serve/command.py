@@ -160,7 +160,7 @@ def serve_command(
                 process.kill()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
     """Return once a condition holds that only asking tells."""
     deadline = time.monotonic() + timeout_s
     while not condition():

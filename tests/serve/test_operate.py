@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import requests
 import yaml
 
 from raylm.ports import free_port, holder
+from tests.serve.command import wait_for
 
 ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
 
@@ -41,6 +42,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 _SERVE_FILE = Path(__file__).parents[2] / "cluster" / "serve.yaml"
 
 _TIMEOUT_S = 120.0
+
+wait = partial(wait_for, timeout_s=_TIMEOUT_S)
 
 
 class Cluster:
@@ -61,12 +64,17 @@ class Cluster:
         ]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += ["--disable-usage-stats"]
-        self.log = folder / "start.log"
-        with self.log.open("wb") as log:
+        log = folder / "start.log"
+        with log.open("wb") as said:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, *command], stdout=log, stderr=log, env=self.environment
+                [sys.executable, "-c", _MAIN, *command], stdout=said, stderr=said, env=self.environment
             )
-        self.wait(lambda: not self.run("status").returncode)
+
+        def is_there() -> bool:
+            assert self.process.poll() is None, log.read_text()[-2000:]
+            return not self.run("status").returncode
+
+        wait(is_there)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a verb to its end."""
@@ -116,7 +124,7 @@ class Cluster:
             result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False, env=self.environment)
             return result.returncode == 0
 
-        self.wait(deployed)
+        wait(deployed)
 
     def slots(self) -> list[dict[str, Any]]:
         """Return the model's slots."""
@@ -126,7 +134,7 @@ class Cluster:
 
     def are_up(self, *numbers: int) -> None:
         """Wait until the model has these slots, all of them up."""
-        self.wait(lambda: [(slot["slot"], slot["state"]) for slot in self.slots()] == [(n, "up") for n in numbers])
+        wait(lambda: [(slot["slot"], slot["state"]) for slot in self.slots()] == [(n, "up") for n in numbers])
 
     def numbers(self) -> list[int]:
         """Return the numbers of the model's slots."""
@@ -155,13 +163,6 @@ class Cluster:
         _, alive = psutil.wait_procs(family, timeout=5)
         for process in alive:
             process.kill()
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Return once a condition holds that only asking tells."""
-        deadline = time.monotonic() + _TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < deadline, self.log.read_text()[-2000:]
-            time.sleep(0.2)
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def test_scale_and_drain(served: Cluster) -> None:
     served.told("drain", "sim", str(two))
     served.are_up(one, three, three + 1)
     served.told("scale", "sim", "2")
-    served.wait(lambda: len(served.slots()) == 2)
+    wait(lambda: len(served.slots()) == 2)
     assert served.generate("still there")["text"] != ""
 
 
@@ -272,7 +273,7 @@ def test_a_command_that_is_killed_holds_nobody_up(served: Cluster) -> None:
     engine = {**ENGINE, "model_name": "after", "replicas": 2}
     first = served.begin_up({**engine, "num_gpus": 1})  # there are none
     try:
-        served.wait(lambda: "waiting" in [slot["state"] for slot in served.slots()])
+        wait(lambda: "waiting" in [slot["state"] for slot in served.slots()])
         second = served.begin_up(engine)
         refusals = [second.communicate(timeout=_TIMEOUT_S)[1], served.run("down").stderr]
         assert second.returncode == 3
@@ -358,11 +359,11 @@ def test_serve_deploy() -> None:
     """The file in `cluster/` can be deployed, a changed one updates what runs, and `down` ends it."""
     with a_cluster() as cluster:
         cluster.deploy(ENGINE)
-        cluster.wait(lambda: "sim  1 of 1 up" in cluster.told("status"))
-        cluster.wait(cluster.is_healthy)
+        wait(lambda: "sim  1 of 1 up" in cluster.told("status"))
+        wait(cluster.is_healthy)
         assert cluster.generate("hello")["receipt"]["model"] == "first"
         cluster.deploy({**ENGINE, "model_name": "second"})
-        cluster.wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
+        wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
         cluster.told("down")
         assert "nothing is served" in cluster.told("status")
 
@@ -378,8 +379,8 @@ def check_down(cluster: Cluster) -> None:
     cluster.up(ENGINE)
     before = [slot["pid"] for slot in cluster.slots()]
     assert "sim" in cluster.run("down").stderr
-    cluster.wait(lambda: not any(map(psutil.pid_exists, before)))
-    cluster.wait(lambda: holder(cluster.port) == "")
+    wait(lambda: not any(map(psutil.pid_exists, before)))
+    wait(lambda: holder(cluster.port) == "")
     titles = " ".join(" ".join(each.cmdline()) for each in psutil.Process(cluster.process.pid).children(recursive=True))
     assert re.findall(r"ray::(?:Engine|Manager|Session|Batch|Proxy)Actor|ray::Serve\w+|haproxy", titles) == []
     assert "nothing is served on this cluster" in cluster.told("status")
