@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.multinode.conftest import ENVIRONMENT
-from tests.multinode.driver import Driver
+from tests.multinode.driver import Driver, OrderError
 from tests.multinode.rig import start_rig
 from tests.multinode.test_nodes import POOL, SIMULATED
 
@@ -51,10 +51,11 @@ async def test_gcs_dies_and_comes_back_with_redis() -> None:
             await driver.ask("end")
 
 
-async def test_gcs_dies_without_redis() -> None:
-    """Without Redis what runs goes on for as long as Ray waits for a GCS; then the whole cluster ends, in order."""
+@pytest.mark.parametrize("redis", [False, True])
+async def test_gcs_stays_dead(redis: bool) -> None:
+    """What runs goes on for as long as Ray waits for a GCS; then the whole cluster ends, in order, Redis or not."""
     environment = {**ENVIRONMENT, "RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_S)}
-    with await asyncio.to_thread(start_rig, 2, environment) as rig:
+    with await asyncio.to_thread(start_rig, 2, environment, redis=redis) as rig:
         async with Driver.on(rig) as driver:
             await driver.ask("serve", engines=[{**SIMULATED, "replicas": 4}], pool=POOL)
             slots = await driver.ask("up")
@@ -74,3 +75,26 @@ async def test_gcs_dies_without_redis() -> None:
             for node in rig.nodes[:0:-1]:
                 await asyncio.to_thread(rig.gone, node, but=AGENTS)
             print(f"the cluster ended {time.monotonic() - killed_at:.1f} s after")
+
+
+async def test_gcs_comes_back_without_redis() -> None:
+    """A new GCS without the old one's memory: what runs goes on, and whoever asks it anything is ended by Ray."""
+    with await asyncio.to_thread(start_rig, 2, ENVIRONMENT) as rig:
+        async with Driver.on(rig) as driver:
+            await driver.ask("serve", engines=[{**SIMULATED, "replicas": 4}], pool=POOL)
+            await driver.ask("up")
+            await driver.ask("crowd", size=64, num_tokens=350)
+            await asyncio.to_thread(rig.kill_gcs)
+            killed_at = time.monotonic()
+            await driver.ask("answer", size=16)
+            print(f"answered {time.monotonic() - killed_at:.1f} s after the death of the GCS")
+            await asyncio.to_thread(rig.restart_gcs)
+            outcome = await driver.ask("finish")
+            print(outcome)
+            assert outcome["failed"] == []
+            assert outcome["right"] == 64
+            await driver.ask("answer", size=16)
+            with pytest.raises(OrderError, match="the program has ended"):
+                await driver.ask("alive")
+            # Ray's own check (2.60): `WrongClusterID`, at the first answer of the GCS to whoever asks it anything.
+            assert await driver.ended() != 0
