@@ -75,10 +75,13 @@ async def settled(models: Iterable[ModelConfig]) -> None:
     Raises:
         EngineStartError: one does not start; the text says why.
         PlacementError: one has had no room for as long as its configuration allows.
+        ModelNotFoundError: one is not served, or no longer.
     """
     left = {model.name: model.pool.placement_timeout_s or SERVED_PLACEMENT_TIMEOUT_S for model in models}
     began_at = time.monotonic()
     while left:
+        for model in left:
+            await asyncio.to_thread(find, model)
         for state in await asyncio.gather(*map(_state, left)):
             if not state.problem and [slot.state for slot in state.slots] == ["up"] * state.num_wanted:
                 del left[state.name]

@@ -251,11 +251,15 @@ class Pool:
         """Take no requests any more. Those that wait fail, those that run do when their actor does.
 
         Args:
-            error: What they fail with, and every request that comes.
+            error: What they fail with, every request that comes, and whoever waits for a slot.
         """
         self._ended = error
         for stream in self._waiting():
             self._settle(stream, error=error)
+        for link in self._links.values():
+            if not link.settled.done():
+                link.settled.set_exception(error)
+                link.settled.exception()  # there may be nobody who waits for it
 
     def check_open(self) -> None:
         """Do nothing while the pool takes requests.

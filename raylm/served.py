@@ -1,9 +1,9 @@
 """ServedPool: a pool on the actors of a served model, whoever else uses them.
 
 Its slots are those that the model's manager publishes, its sessions are in the store that all pools of the model share,
-and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it until
-Ray has started the next one. When it has been ended for good the model is served no longer, and all that waits or comes
-is told so.
+and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it
+until Ray has started the next one. When it has been ended for good the model is served no longer, and all that waits or
+comes is told so.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class ServedPool:
 
         Raises:
             EngineStartError: an engine did not start; the text says what to do.
+            ModelNotFoundError: the model has been ended meanwhile.
         """
         await asyncio.gather(*self.pool.settled())
 

@@ -263,8 +263,10 @@ def test_a_plan_for_what_scales_itself(tmp_path: Path) -> None:
     result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 6}]')
     assert result.stdout.splitlines()[2:] == [
         "it fits: 2 replicas on 1 node and 4 of 6 free GPUs",
-        "with max_replicas, 4 of small in place of 0, it does not fit. small: 4 replicas of 1 GPU each, on one node "
-        "each, do not fit: room for 2; missing: 2 GPUs. What would fit: 2 replicas, or 1 more node like node",
+        (
+            "with max_replicas, 4 of small in place of 0, it does not fit. small: 4 replicas of 1 GPU each, on one "
+            "node each, do not fit: room for 2; missing: 2 GPUs. What would fit: 2 replicas, or 1 more node like node"
+        ),
     ]
     assert result.returncode == 0
     result = run(None, "plan", str(config), '--nodes=[{"num_cpus": 8, "num_gpus": 2}]')

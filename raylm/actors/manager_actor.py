@@ -320,7 +320,7 @@ async def has_ended(manager: Any) -> bool:
     Ray's word for it is asked for, because a call that was under way fails alike in both cases, and no answer is none.
     """
     known = await asyncio.to_thread(state.actors, manager._actor_id.hex())
-    return known.get("State") == "DEAD"
+    return bool(known.get("State") == "DEAD")
 
 
 def served_models() -> list[str]:

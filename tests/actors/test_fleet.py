@@ -287,6 +287,20 @@ async def test_a_model_that_is_ended(serve_model: Serve) -> None:
             await asyncio.sleep(0.05)
 
 
+async def test_a_model_that_is_ended_while_it_starts(serve_model: Serve) -> None:
+    """Who waits for it to be up is told that it is served no longer."""
+    served = await serve_model(SIMULATED)
+    await served.scale(0)
+    await served.are_up(0)
+    await served.update({**BROKEN, "replicas": 1})
+    await served.slots(lambda slots: len(slots) == 1)
+    waiting = asyncio.create_task(served.pool.ready())
+    await asyncio.sleep(0)
+    await end(NAME)
+    with pytest.raises(ModelNotFoundError, match="served no longer"):
+        await waiting
+
+
 async def test_a_manager_that_is_restarted_is_waited_for(serve_model: Serve) -> None:
     """However often its process is killed, the pool comes back to the next one, and answers meanwhile."""
     served = await serve_model(SIMULATED)
