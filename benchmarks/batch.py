@@ -21,9 +21,9 @@ chats one a second on average: how many steps more of the engine it takes to a c
 one, the chat's own, with its prefill. Beside the job a chat that goes first has to wait for the end of the step that is
 in progress: one more. Two more would mean that it waited for a row to end, or that rows went before it.
 
-Steps are counted by a stream that runs meanwhile, each of whose tokens is a step: those that end from sending to the
-first token, the last included. The figure is the 99th percentile over the chats, less one. `chat_ttft_real_step_ms` is
-the mean duration of a step beside the job.
+Steps are counted by a stream that runs meanwhile, each of whose tokens is one; within a step, time is proportional. The
+figure is the 99th percentile over the chats of the steps from sending to the first token, less one.
+`chat_ttft_real_step_ms` is the mean duration of a step beside the job.
 """
 
 from __future__ import annotations
@@ -348,17 +348,10 @@ class Steps:
         await self._came.wait()
 
     def at(self, moment: float) -> float:
-        """Return how many steps there had been at a moment between the first and the last.
-
-        Within a step it is proportional to time, for what one step has made is read one by one.
-        """
+        """Return how many steps there had been at a moment between the first and the last."""
         after = min(max(bisect(self._times, moment), 1), len(self._times) - 1)
         (began_at, ended_at), (first, last) = self._times[after - 1 : after + 1], self._counts[after - 1 : after + 1]
         return first + (last - first) * (moment - began_at) / (ended_at - began_at)
-
-    def between(self, began_at: float, ended_at: float) -> int:
-        """Return how many steps have ended from one moment to another, which is about the end of a step."""
-        return round(self.at(ended_at)) - int(self.at(began_at))
 
     @property
     def mean_s(self) -> float:
@@ -421,7 +414,7 @@ def measure_real_chat(folder: Path, num_requests: int) -> list[Figure]:
             process.send_signal(signal.SIGKILL)
     finally:
         asyncio.run(end(name))
-    num_steps = [steps.between(sent_at, first_at) for sent_at, first_at in beside]
+    num_steps = [steps.at(first_at) - steps.at(sent_at) for sent_at, first_at in beside]
     beside_ms = p99([first_at - sent_at for sent_at, first_at in beside]) * 1e3
     step_ms = steps.mean_s * 1e3
     say(
