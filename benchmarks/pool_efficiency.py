@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -150,14 +151,29 @@ class Side:
 
     def ask(self, line: str) -> str:
         """Let it work on a line and return its answer."""
+        self.begin(line)
         self._go_on()
+        answer = self._hear()
+        self._stop()
+        return answer
+
+    def begin(self, line: str) -> None:
+        """Give it a line to work on with `work_for`."""
         if self._process.stdin is None:
             raise AssertionError("unreachable: it is a pipe")
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
-        answer = self._hear()
+
+    def work_for(self, limit_s: float) -> tuple[float, bool]:
+        """Let it work for so long; return for how long it has worked, and whether it is done."""
+        began_at = time.perf_counter()
+        self._go_on()
+        done = bool(select.select([self._process.stdout], [], [], limit_s)[0])
+        worked_s = time.perf_counter() - began_at
         self._stop()
-        return answer
+        if done:
+            self._hear()
+        return worked_s, done
 
     def close(self) -> None:
         """Let the process end in order."""
@@ -181,6 +197,24 @@ class Side:
         for process in self._tree:
             if process.is_running():
                 process.resume()
+
+
+def race(sides: Mapping[str, Side], line: str, slice_s: float) -> dict[str, float]:
+    """Let sides work on the same line in short slices of time, in turns; return how long each has worked.
+
+    A machine whose speed drifts within minutes is the same for all of them then.
+    """
+    for side in sides.values():
+        side.begin(line)
+    took_s = dict.fromkeys(sides, 0.0)
+    left = list(sides)
+    while left:
+        for name in tuple(left):
+            worked_s, done = sides[name].work_for(slice_s)
+            took_s[name] += worked_s
+            if done:
+                left.remove(name)
+    return took_s
 
 
 def measure(num_prompts: int, num_rounds: int) -> list[Figure]:
