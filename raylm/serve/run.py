@@ -164,10 +164,11 @@ class Endpoint:
         from raylm.serve.app import application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        self._begun = True
         self._owns_serve = not serve_runs()
-        if self._owns_serve:
+        if self._owns_serve and update:  # else `connect` has looked
             self._check_port()
+        self._begun = True
+        if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
         elif update:
             self._host, self._port = _listens_at()
@@ -241,7 +242,7 @@ class Endpoint:
         if self._begun:
             if self._owns_serve and self._connected != "started":
                 serve.shutdown()
-            else:
+            elif serve_runs():  # not where its start has failed
                 serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
             asyncio.run(end_all())
         if self._connected:
