@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ def operating() -> Iterator[None]:
 def _other_operator() -> str:
     """Return which program is operating, for people."""
     try:
-        known = state.actors(ray.get_actor(_OPERATOR, namespace=_OPERATORS)._actor_id.hex())
+        known = actor_record(ray.get_actor(_OPERATOR, namespace=_OPERATORS))
     except ValueError:  # it has ended just now
         known = {}
     for job in state.jobs():
@@ -156,6 +156,23 @@ def remembered(key: str) -> bytes | None:
 def forget(key: str) -> None:
     """Keep it no longer. Blocks for some milliseconds."""
     internal_kv._internal_kv_del(key.encode(), namespace=_KEPT)
+
+
+def actor_record(actor: Any) -> dict[str, Any]:
+    """Return what Ray knows of an actor, whose handle this is; nothing when it knows none. Blocks for a millisecond."""
+    record: dict[str, Any] = state.actors(actor._actor_id.hex())
+    return record
+
+
+def placed(actors: Mapping[int, Any]) -> set[int]:
+    """Return which of these actors have their room in the cluster. Blocks."""
+    if not actors:
+        return set()
+    # A process is chosen once an actor's room is taken, long before it answers. Before that, the address is that of
+    # the node's raylet that looks for room, with or without its port.
+    raylets = {node["NodeID"]: node["NodeManagerPort"] for node in ray.nodes()}
+    addresses = {slot: actor_record(actor)["Address"] for slot, actor in actors.items()}
+    return {slot for slot, address in addresses.items() if address["Port"] not in (0, raylets.get(address["NodeID"]))}
 
 
 def nodes() -> list[Node]:

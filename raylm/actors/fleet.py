@@ -23,7 +23,7 @@ import ray.exceptions
 from pydantic import TypeAdapter
 from ray._private import state
 
-from raylm.actors.cluster import forget, remember, remembered
+from raylm.actors.cluster import actor_record, forget, remember, remembered
 from raylm.actors.engine_actor import ActorInfo
 from raylm.actors.lifecycle import Autoscaler, Member, Phase, steps
 from raylm.actors.manager import PoolManager
@@ -415,11 +415,12 @@ class Fleet:
         waiting = await asyncio.to_thread(self._manager.waiting, [slot.number for slot in starting])
         self._room_due = time.monotonic() + (_ROOM_INTERVAL_S if waiting else _INTERVAL_S)
         for slot in starting:
-            if slot.phase == "starting" and slot.number in waiting:
-                slot.phase = "waiting"
+            if slot.number in waiting and slot.phase in ("starting", "waiting"):
+                was, slot.phase = slot.phase, "waiting"
                 slot.detail, slot.may_fit = waiting[slot.number]
-                _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, slot.detail)
-            elif slot.phase == "waiting" and slot.number not in waiting:
+                if was == "starting":
+                    _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, slot.detail)
+            elif slot.phase == "waiting":
                 slot.phase, slot.detail = "starting", ""
 
     async def _want(self, replicas: int, group: int) -> None:
@@ -595,4 +596,4 @@ async def in_charge() -> bool:
 
 
 def _num_restarts(actor: Any) -> int:
-    return int(state.actors(actor._actor_id.hex())["NumRestarts"])
+    return int(actor_record(actor)["NumRestarts"])

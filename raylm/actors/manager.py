@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import ray
 import ray.exceptions
-from ray._private import state
 from ray.util.placement_group import (
     get_placement_group,
     placement_group,
@@ -21,7 +20,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raylm.actors.cluster import nodes
+from raylm.actors.cluster import nodes, placed
 from raylm.actors.engine_actor import EngineActor
 from raylm.actors.placement import Plan, Replica, plan, require, shape
 from raylm.actors.sessions import start_store
@@ -253,16 +252,15 @@ class PoolManager:
 
     def _plan_waiting(self, replicas: Iterable[Replica]) -> Plan:
         """Return the plan of those that have no room yet."""
-        return _plan([replica for replica in replicas if not self._has_room(replica.slot)])
-
-    def _has_room(self, slot: int) -> bool:
-        if (group := self._groups.get(slot)) is not None:
-            return bool(placement_group_table(group)["state"] == "CREATED")
-        if (actor := self.actors.get(slot)) is None:
-            return True
-        # A process is chosen once its room is taken, long before it answers. The address has a node before that: of
-        # who looks for one.
-        return bool(state.actors(actor._actor_id.hex())["Address"]["Port"])
+        replicas, groups, actors = list(replicas), dict(self._groups), dict(self.actors)  # the loop may change them
+        waiting = {
+            replica.slot
+            for replica in replicas
+            if replica.slot in groups and placement_group_table(groups[replica.slot])["state"] != "CREATED"
+        }
+        alone = {replica.slot: actors[replica.slot] for replica in replicas if replica.slot in actors.keys() - groups}
+        waiting |= alone.keys() - placed(alone)
+        return _plan([replica for replica in replicas if replica.slot in waiting])
 
     def replace(self, slot: int, pid: int) -> None:
         """End the process of a slot's actor; Ray starts a new one in its place.

@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 import ray
 import ray.exceptions
-from ray._private import state
 
+from raylm.actors.cluster import actor_record
 from raylm.actors.fleet import Fleet, Record, delete_record, in_charge, load_record, save_record
 from raylm.actors.manager import NAMESPACE, PoolManager, end_all, named_actors
 from raylm.config import ModelConfig
@@ -319,7 +319,7 @@ async def has_ended(manager: Any) -> bool:
 
     Ray's word for it is asked for, because a call that was under way fails alike in both cases, and no answer is none.
     """
-    known = await asyncio.to_thread(state.actors, manager._actor_id.hex())
+    known = await asyncio.to_thread(actor_record, manager)
     return bool(known.get("State") == "DEAD")
 
 

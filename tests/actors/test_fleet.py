@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 import ray
-from ray._private import state
 
+from raylm.actors.cluster import actor_record
 from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
 from raylm.errors import InvalidRequestError, ModelNotFoundError, RaylmError
@@ -402,4 +402,4 @@ async def _knows(served: Served) -> bool:
 
 async def _pid(actor: Any) -> int:
     """Return the process of an actor."""
-    return int((await asyncio.to_thread(state.actors, actor._actor_id.hex()))["Pid"])
+    return int((await asyncio.to_thread(actor_record, actor))["Pid"])

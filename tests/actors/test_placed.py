@@ -19,10 +19,9 @@ RAYLM = str(Path(sys.executable).with_name("raylm"))
 PROGRAM = """
 import asyncio, json, os, sys
 import ray
-from ray._private import state
 from ray.util.placement_group import placement_group_table
 from pydantic import TypeAdapter
-from raylm.actors.cluster import connect, nodes
+from raylm.actors.cluster import actor_record, connect, nodes
 from raylm.actors.manager import PoolManager
 from raylm.actors.placement import Replica, plan, shape
 from raylm.config import EngineConfig, SessionConfig
@@ -36,7 +35,7 @@ def all_free():
     return not any(node.held for node in nodes())
 
 def where(actor):
-    return state.actors(actor._actor_id.hex())["Address"]["NodeID"]
+    return actor_record(actor)["Address"]["NodeID"]
 
 async def main():
     configs = TypeAdapter(list[EngineConfig]).validate_json(sys.argv[1])
@@ -63,6 +62,26 @@ except PlacementError as error:
 """
 
 
+WAITING = """
+import os
+import ray
+from raylm.actors.cluster import actor_record, connect, placed
+
+@ray.remote(num_gpus=4)
+class Big:
+    pass
+
+connect(os.environ["RAY_ADDRESS"])
+actors = [Big.remote() for _ in range(3)]
+ray.get([actor.__ray_ready__.remote() for actor in actors])
+actors += [Big.remote() for _ in range(4)]
+while not all(actor_record(actor)["Address"]["Port"] for actor in actors):  # of a raylet, for those that wait
+    assert placed(dict(enumerate(actors))) == {0, 1, 2}
+assert placed(dict(enumerate(actors))) == {0, 1, 2}
+assert actor_record(actors[3])["State"] == "PENDING_CREATION"
+"""
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head without GPUs and three nodes with four each, of two types in two zones."""
@@ -82,17 +101,22 @@ def environment(nodes: Nodes) -> dict[str, str]:
     return {**ENVIRONMENT, "RAY_ADDRESS": nodes.address, "COLUMNS": "400"}
 
 
-def place(nodes: Nodes, *engines: dict[str, Any], timeout_s: float = 0) -> Any:
-    """Start a pool and end it; return where its ranks were planned to go and where they were, or its error."""
-    program = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(engines), str(timeout_s)],
+def run(nodes: Nodes, program: str, *arguments: str) -> str:
+    """Run a program on the cluster; return the last line of what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=environment(nodes),
     )
-    assert program.returncode == 0, program.stderr
-    return json.loads(program.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+def place(nodes: Nodes, *engines: dict[str, Any], timeout_s: float = 0) -> Any:
+    """Start a pool and end it; return where its ranks were planned to go and where they were, or its error."""
+    return json.loads(run(nodes, PROGRAM, json.dumps(engines), str(timeout_s)))
 
 
 SIMULATED = {"kind": "simulated"}
@@ -141,6 +165,11 @@ def test_what_does_not_fit_is_refused_after_the_bound(nodes: Nodes) -> None:
     placed = place(nodes, {**SIMULATED, "num_gpus": 8}, timeout_s=1)
     assert "the actors are not up after" in placed["error"]
     assert "no such node has 8 GPUs: the most is 4. What would fit: tp 4" in placed["error"]
+
+
+def test_an_actor_waits_until_its_room_is_taken(nodes: Nodes) -> None:
+    """An actor that Ray has sent on to a full node is known to wait there."""
+    run(nodes, WAITING)
 
 
 def test_a_node_that_joins_is_used(nodes: Nodes) -> None:

@@ -25,7 +25,7 @@ import ray.exceptions
 from pydantic import TypeAdapter
 from ray._private import state
 
-from raylm.actors.cluster import connect, nodes
+from raylm.actors.cluster import actor_record, connect, nodes
 from raylm.actors.manager import NAMESPACE, PoolManager
 from raylm.actors.manager_actor import end, find, serve
 from raylm.config import EngineConfig, ModelConfig, PoolConfig, SessionConfig
@@ -42,6 +42,7 @@ from tests.multinode.rig import Rig
 MODEL = "sim"
 
 _END_TIMEOUT_S = 90.0
+_SETTLED_TIMEOUT_S = 200.0
 _LINE_BYTES = 1 << 24
 
 
@@ -217,11 +218,15 @@ class _Program:
 
     async def settled(self, replicas: int, model_name: str = "simulated") -> None:
         """Wait until the model has so many actors, all up and of that name, here and at its manager."""
+        deadline = time.monotonic() + _SETTLED_TIMEOUT_S
         while True:
             (found,) = await states()
             slots = [(slot.slot, slot.state, slot.model) for slot in found.slots]
             if slots == [(number, "up", model_name) for number in self._pool.slots] and len(slots) == replicas:
                 return
+            if time.monotonic() > deadline:
+                here = self._pool.statistics().slots
+                raise AssertionError(f"not settled on {len(await self.alive())} nodes: here {here}, there {found}")
             await asyncio.sleep(0.2)
 
     async def own(self, engines: list[dict[str, Any]], placement_timeout_s: float | None = None) -> int:
@@ -471,7 +476,7 @@ def _where() -> dict[str, str]:
     found = {}
     for part in ("manager", "sessions"):
         actor = ray.get_actor(f"{MODEL}:{part}", namespace=NAMESPACE)
-        found[part] = state.actors(actor._actor_id.hex())["Address"]["NodeID"]
+        found[part] = actor_record(actor)["Address"]["NodeID"]
     return found
 
 
