@@ -175,6 +175,17 @@ class Side:
             self._hear()
         return worked_s, done
 
+    def count_after(self, slice_s: float) -> tuple[float, int]:
+        """Let it go on for so long; return for how long it has worked, and the number that it then answers."""
+        began_at = time.perf_counter()
+        self._go_on()
+        time.sleep(slice_s)
+        self.begin("")
+        answer = self._hear()
+        worked_s = time.perf_counter() - began_at
+        self._stop()
+        return worked_s, int(answer)
+
     def close(self) -> None:
         """Let the process end in order."""
         self._go_on()
@@ -215,6 +226,26 @@ def race(sides: Mapping[str, Side], line: str, slice_s: float) -> dict[str, floa
             if done:
                 left.remove(name)
     return took_s
+
+
+def side_rates(sides: Mapping[str, Side], slice_s: float, num_warm: int, num_slices: int) -> dict[str, float]:
+    """Let sides that never are done work in slices of time, in turns; return by how much each counts up in a second.
+
+    Args:
+        sides: They tell a number for every line.
+        slice_s: How long a slice is.
+        num_warm: Slices that do not count, one at least.
+        num_slices: Slices that do.
+    """
+    worked_s, first, last = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0), dict.fromkeys(sides, 0)
+    for number in range(num_warm + num_slices):
+        for name, side in sides.items():
+            slice_worked_s, last[name] = side.count_after(slice_s)
+            if number < num_warm:
+                first[name] = last[name]
+            else:
+                worked_s[name] += slice_worked_s
+    return {name: (last[name] - first[name]) / worked_s[name] for name in sides}
 
 
 def measure(num_prompts: int, num_rounds: int) -> list[Figure]:

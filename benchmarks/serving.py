@@ -21,7 +21,8 @@ Requests of one token show it, for wrk knows only when a response is whole.
 here ticks every 0.1 ms: a client that comes back a little later than a tick of 20 ms would wait for the next one all
 the same, and hide what it took.
 `http_efficiency`: SmolLM2 on CPU, tokens/s of the engine while 32 streams are read over HTTP, by those of the same
-engine driven directly in a process of its own. Gateway, HAProxy, wrk and engine share the machine's cores.
+engine driven directly in a process of its own. Gateway, HAProxy, wrk and engine share the machine's cores. Both sides
+take turns every few seconds: while one works, every process of the other is stopped.
 `affinity`, `moved_healthy`, `moved_answered`: 200 sessions of 5 turns on 4 actors and 2 gateways. Share of turns on the
 session's own actor; then one actor is killed: share of the other actors' sessions that move, and of the dead one's that
 answer their next turn right.
@@ -39,22 +40,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import psutil
+import requests
 from harness import Figure, local_cluster, publish, quick_asked, say
+from pool_efficiency import Side, side_rates
 from pydantic import BaseModel
 
 from raylm.config import EngineConfig, OpenVINOConfig, ServeConfig, SimulatedConfig
 from raylm.engines import build
 from raylm.engines.simulated import greedy_text
-from raylm.messages import Delta, GenerationConfig, Request
+from raylm.messages import Delta, GenerationConfig, Message, Request
 from raylm.ports import free_port
 from raylm.serve.run import Endpoint
 
@@ -65,6 +69,8 @@ NUM_TOKENS = 100
 NUM_PROBES = 4
 MODEL = "smollm2-135m-instruct"
 NUM_REAL_STREAMS = 32
+LONG_S = 3600
+SLICE_S = 4.0  # shorter than an actor waits for a pool that does not poll
 NUM_SESSIONS, NUM_TURNS = 200, 5
 
 LUA = """
@@ -81,6 +87,10 @@ function done(summary, latency)
   io.write(string.format("RESULT %d %d %f %f\\n", summary.requests, failed, latency.mean, latency:percentile(50)))
 end
 """
+
+
+Count = Callable[[], int]
+"""Tells how many tokens an engine has generated."""
 
 
 class Load(msgspec.Struct):
@@ -107,6 +117,12 @@ class Wrk:
         self._script = Path(script.name)
         command = ["wrk", "-t1", f"-c{connections}", f"-d{duration_s:.0f}s", "--timeout", "60s", "-s", script.name, url]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def end(self) -> None:
+        """End it before its time."""
+        self._process.terminate()
+        self._process.communicate()
+        self._script.unlink()
 
     def result(self) -> Load:
         """Wait for its end."""
@@ -339,86 +355,88 @@ def measure_streams(*, quick: bool) -> list[Figure]:
     return figures
 
 
-DIRECT = """
-import asyncio, sys, time
-from raylm.config import OpenVINOConfig
-from raylm.engines import build
-from raylm.messages import GenerationConfig, Message, Request
+@contextmanager
+def http_side() -> Iterator[Count]:
+    """The real model over HTTP, under load."""
+    with serving([OpenVINOConfig(path=MODEL)], MODEL) as url:
+        body = json.loads(chat_body(MODEL, NUM_TOKENS, stream=True, prompt="Tell me story %d."))
+        body["ignore_eos"] = True
+        load = Wrk(f"{url}/v1/chat/completions", json.dumps(body), NUM_REAL_STREAMS, LONG_S)
 
-async def main(model, streams, tokens, warm_s, window_s):
-    engine = build(OpenVINOConfig(path=model))
-    await engine.start()
-    async def client(number):
-        turn = 0
-        while True:
-            turn += 1
-            words = f"Tell me story {number * 1000 + turn}."
-            config = GenerationConfig(max_new_tokens=tokens, temperature=0, ignore_eos=True)
-            request = Request(request_id=words, messages=(Message("user", words),), config=config)
-            await engine.generate(request, lambda _: None)
-    clients = [asyncio.create_task(client(number)) for number in range(streams)]
-    await asyncio.sleep(warm_s)
-    before, began = engine.statistics().num_tokens, time.perf_counter()
-    await asyncio.sleep(window_s)
-    print((engine.statistics().num_tokens - before) / (time.perf_counter() - began))
-    for task in clients:
-        task.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
-    await engine.close()
-
-asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))
-"""
-
-
-def measure_real(*, quick: bool) -> list[Figure]:
-    """Measure the real model over HTTP and directly.
-
-    A machine's speed drifts within minutes: each rate over HTTP is compared with the direct ones before and after it.
-    """
-    rounds, warm_s, window_s = (1, 3, 6) if quick else (5, 5, 15)
-    direct, over_http = [direct_rate(warm_s, window_s)], []
-    for _ in range(rounds):
-        with serving([OpenVINOConfig(path=MODEL)], MODEL) as url:
-            body = json.loads(chat_body(MODEL, NUM_TOKENS, stream=True, prompt="Tell me story %d.")) | {
-                "ignore_eos": True
-            }
-            load = Wrk(f"{url}/v1/chat/completions", json.dumps(body), NUM_REAL_STREAMS, warm_s + window_s + 10)
-            over_http.append(asyncio.run(engine_rate(url, warm_s, window_s)))
-            load.result()
-        direct.append(direct_rate(warm_s, window_s))
-        say(f"direct {direct[-2]:.0f} tokens/s, over HTTP {over_http[-1]:.0f}, direct {direct[-1]:.0f}")
-    beside = [statistics.mean(pair) for pair in itertools.pairwise(direct)]
-    ratios = [http / alone for http, alone in zip(over_http, beside, strict=True)]
-    return [
-        Figure("http_efficiency", statistics.median(ratios), "", 0.85),
-        Figure("http_tokens_per_s", statistics.median(over_http), "tokens/s"),
-        Figure("direct_tokens_per_s", statistics.median(direct), "tokens/s"),
-    ]
-
-
-def direct_rate(warm_s: float, window_s: float) -> float:
-    """Return the tokens/s of the engine, driven directly in a process of its own."""
-    arguments = [MODEL, str(NUM_REAL_STREAMS), str(NUM_TOKENS), str(warm_s), str(window_s)]
-    result = subprocess.run([sys.executable, "-c", DIRECT, *arguments], capture_output=True, text=True, check=True)
-    return float(result.stdout.split()[-1])
-
-
-async def engine_rate(url: str, warm_s: float, window_s: float) -> float:
-    """Return the tokens/s of the one engine behind an endpoint, by what it tells of itself."""
-    async with aiohttp.ClientSession() as client:
-
-        async def num_tokens() -> int:
-            async with client.get(f"{url}/state") as response:
-                state = await response.json()
+        def count() -> int:
+            state = requests.get(f"{url}/state", timeout=30).json()
             engine = state["models"][0]["slots"][0]["engine"]  # None until a gateway has heard of it
             return int(engine["num_tokens"]) if engine else 0
 
-        while not await num_tokens():  # noqa: ASYNC110 - another process knows
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(warm_s)
-        before, began = await num_tokens(), time.perf_counter()
-        await asyncio.sleep(window_s)
-        return (await num_tokens() - before) / (time.perf_counter() - began)
+        try:
+            yield count
+        finally:
+            load.end()
+
+
+@contextmanager
+def direct_side() -> Iterator[Count]:
+    """The engine of the real model with the same load, in this process."""
+    engine = build(OpenVINOConfig(path=MODEL))
+    config = GenerationConfig(max_new_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    numbers = itertools.count(1)
+
+    async def client() -> None:
+        for number in numbers:
+            words = f"Tell me story {number}."
+            request = Request(request_id=words, messages=(Message("user", words),), config=config)
+            await engine.generate(request, lambda _: None)
+
+    async def load() -> None:
+        await engine.start()
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(NUM_REAL_STREAMS):
+                clients.create_task(client())
+
+    def run() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        loop.run_until_complete(engine.close())
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(load())
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield lambda: engine.statistics().num_tokens
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+
+
+REAL_SIDES = {"direct": direct_side, "http": http_side}
+
+
+def be_real_side(side: AbstractContextManager[Count]) -> None:
+    """Be one side: answer every line with the number of tokens so far."""
+    with side as count:
+        while not count():
+            time.sleep(0.1)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(count(), flush=True)
+
+
+def measure_real(*, quick: bool) -> list[Figure]:
+    """Measure the real model over HTTP and directly, in turns of some seconds, for a machine's speed drifts."""
+    warm_s, window_s = (4, 16) if quick else (10, 80)
+    rates = {}
+    with ExitStack() as stack:
+        sides = {name: Side(name, __file__) for name in REAL_SIDES}
+        for side in sides.values():
+            stack.callback(side.close)
+        rates = side_rates(sides, SLICE_S, round(warm_s / SLICE_S), round(window_s / SLICE_S))
+    say(f"direct {rates['direct']:.0f} tokens/s, over HTTP {rates['http']:.0f}")
+    return [
+        Figure("http_efficiency", rates["http"] / rates["direct"], "", 0.85),
+        Figure("http_tokens_per_s", rates["http"], "tokens/s"),
+        Figure("direct_tokens_per_s", rates["direct"], "tokens/s"),
+    ]
 
 
 def measure_affinity(*, quick: bool) -> list[Figure]:
@@ -477,7 +495,10 @@ async def _affinity(url: str, num_sessions: int) -> list[Figure]:
 
 
 def main() -> None:
-    """Measure all of it."""
+    """Measure all of it, or be one side of it."""
+    if sys.argv[1:2] == ["--side"]:
+        be_real_side(REAL_SIDES[sys.argv[2]]())
+        return
     quick = quick_asked(__doc__)
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed; `make system-deps` brings it")

@@ -65,6 +65,9 @@ class AsyncChatbot:
         pool_config: Limits and bounds of the pool.
         session_config: Where sessions are kept, and their limits.
 
+    Attributes:
+        defaults: What requests ask for where they do not say.
+
     Raises:
         InvalidRequestError: a parameter is out of range.
     """
@@ -85,7 +88,7 @@ class AsyncChatbot:
         session_config: SessionConfig | None = None,
     ) -> None:
         self._engines = tuple(engines)
-        self._config = GenerationConfig().updated(
+        self.defaults = GenerationConfig().updated(
             {
                 "max_new_tokens": max_new_tokens,
                 "top_p": top_p,
@@ -223,7 +226,7 @@ class AsyncChatbot:
             PartialFailureError: some prompts of a list failed; its `results` holds every answer and every error.
             RaylmError: the one prompt failed.
         """
-        config = self._config.updated({"ignore_eos": ignore_eos, **overrides})
+        config = self.defaults.updated({"ignore_eos": ignore_eos, **overrides})
         if not isinstance(inputs, str):
             if not isinstance(inputs, Sequence):
                 raise InvalidRequestError(
@@ -279,7 +282,7 @@ class AsyncChatbot:
             PartialFailureError: as in `generate`.
             RaylmError: the one conversation failed.
         """
-        config = self._config.updated(overrides)
+        config = self.defaults.updated(overrides)
         if isinstance(inputs, list | tuple) and bool(inputs) and isinstance(inputs[0], list | tuple):
             requests = [self._chat_request(parse_messages(messages), config) for messages in inputs]
             return await self._answer_all(requests, timeout, return_dict=return_dict)
@@ -321,7 +324,7 @@ class AsyncChatbot:
             SessionBusyError: another turn of this session is running.
             RaylmError: the turn failed; the session is as it was before it.
         """
-        config = self._config.updated({"ignore_eos": ignore_eos, **overrides})
+        config = self.defaults.updated({"ignore_eos": ignore_eos, **overrides})
         messages = parse_messages(_as_messages(inputs))
         self._chat_request(messages, config, request_id)  # checked before a session is touched
 
@@ -387,7 +390,7 @@ class AsyncChatbot:
         """
         if [prompt, prompt_token_ids, messages].count(None) != 2:
             raise InvalidRequestError("give either prompt or messages")
-        config = self._config.updated(overrides)
+        config = self.defaults.updated(overrides)
         if prompt_token_ids is not None:
             return Request(request_id=uuid.uuid4().hex, prompt_token_ids=prompt_token_ids, config=config)
         if messages is None:

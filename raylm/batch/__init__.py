@@ -257,7 +257,7 @@ def _noted(
     """Return what the ledger says of who is asked, and for what, so that rows can be asked again."""
     return {
         "target": chatbot.recipe(),
-        "defaults": msgspec.to_builtins(chatbot._config.updated(defaults)),
+        "defaults": msgspec.to_builtins(chatbot.defaults.updated(defaults)),
         "source": str(Path(source).absolute()) if isinstance(source, Path | str) else None,
         "output": None if output is None else str(output.absolute()),
         "reading": dataclasses.asdict(reading),
