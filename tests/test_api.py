@@ -1,11 +1,14 @@
 """The seed's LMDeployPipeline as its users call it, on the simulated engine."""
 
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from raylm import (
     SimulatedConfig,
     Status,
 )
+from raylm.chatbot import LoopThread
 from raylm.engines.simulated import greedy_text
 from raylm.errors import (
     EngineStartError,
@@ -210,6 +214,43 @@ def test_leaving_a_stream_frees_it(chatbot: LMDeployPipeline) -> None:
     for _ in chatbot.stream_chat([user("one")], max_new_tokens=150):
         break
     assert chatbot.statistics().num_running == 0
+
+
+def interrupted(work: Callable[[], object], line: int) -> bool:
+    """Do some work, with an interrupt at one of the lines of the wait for it; return whether there were so many."""
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal num_lines
+        if event == "call" and frame.f_code is not LoopThread.run.__code__:
+            return None
+        num_lines += event == "line"
+        if num_lines > line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_moment_ends_a_turn(chatbot: LMDeployPipeline) -> None:
+    """A stream that is interrupted at any line of the wait for its next step can be closed, and leaves nothing."""
+    for line in itertools.count():
+        steps = chatbot.stream_chat("hello", max_new_tokens=2000)
+        next(steps)
+        was_interrupted = interrupted(partial(next, steps), line)
+        steps.close()
+        assert chatbot.statistics().num_running == 0
+        if not was_interrupted:
+            break
+    assert line > 5
 
 
 def test_a_failing_row_loses_no_other(cluster: str) -> None:
