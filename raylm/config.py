@@ -455,6 +455,13 @@ class ModelConfig(_Config):
     def _one_group_scales(self) -> Self:
         if sum(group.autoscaling is not None for group in self.engines) > 1:
             raise ValueError("engines: only one group can have autoscaling, for they share the work")
+        for group in self.engines:
+            others = [other.engine for other in self.engines if other is not group]
+            if group.autoscaling is not None and group.engine in others:
+                raise ValueError(
+                    "engines: the group that has autoscaling has the engine of another one, and whose actors are whose "
+                    "cannot be told; make one group of both, with min_replicas for those that stay"
+                )
         return self
 
     def slots(self, *, most: bool = False) -> list[EngineConfig]:

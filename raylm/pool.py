@@ -870,8 +870,7 @@ class Pool:
                     continue
                 _log.warning("slot %d fails its health check: %s", link.number, cause or "no answer")
                 if self._replace is not None and link.info is not None:
-                    self._replace(link.number, link.info.pid)
-                    return
+                    self._replace(link.number, link.info.pid)  # which leaves it alone where it is well by then
                 await asyncio.sleep(self.config.health_timeout_s)
             else:
                 break

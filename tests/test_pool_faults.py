@@ -106,6 +106,24 @@ async def test_a_stopped_process_is_rescued_by_the_watchdog(start_pool: StartPoo
     assert completion.receipt.why == "moved:silent"
 
 
+async def test_an_actor_that_comes_to_itself(start_pool: StartPool) -> None:
+    """An actor that fails its health check, and that nobody replaces, gets work again once it passes one."""
+    running = await start_pool(SimulatedConfig())
+    replaced = asyncio.Event()
+    config = PoolConfig(first_token_timeout_s=1, token_gap_timeout_s=1, health_timeout_s=1)
+    async with Pool(config, replace=lambda _slot, _pid: replaced.set()) as pool:
+        await pool.attach(0, running.manager.actors[0])
+        async with pool.stream(ask("tell me", 60)) as stream:
+            await until_tokens(stream, 5)
+            os.kill(running.pid(0), signal.SIGSTOP)
+            await replaced.wait()
+            os.kill(running.pid(0), signal.SIGCONT)
+            completion = await stream.completion()
+        assert completion.text == greedy_text("tell me", 60)
+        assert completion.receipt.why == "moved:silent"
+        assert pool.statistics().slots[0].state == "up"
+
+
 async def test_silence_everywhere_ends_in_an_error(start_pool: StartPool) -> None:
     """A request that no actor answers fails with RequestTimeoutError once its attempts are used up."""
     hangs = SimulatedConfig(faults=(Fault(action="hang"),))

@@ -14,7 +14,6 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -38,11 +37,14 @@ _INTERVAL_S = 1.0
 _ROOM_INTERVAL_S = 5.0
 """How often it is looked at who has no room."""
 
+_PATIENCE_S = 15.0
+"""An actor that has room has a process by then, which is how it is known to have some: a busy machine takes ten."""
+
 _HEALTH_INTERVAL_S = 5.0
 _HEALTH_TIMEOUT_S = 10.0
 
-_ALIVE_S = 2.0
-"""An actor that is well has answered by then."""
+_ALIVE_S = 8.0
+"""An actor that is well has answered by then, also where the server that it is a client of has not."""
 
 _MAX_UNHEALTHY = 2
 """An actor that fails this many health checks in a row is replaced."""
@@ -91,8 +93,8 @@ class Record(msgspec.Struct):
         return slots
 
     def forget(self, slot: int) -> None:
-        """Strike a slot out."""
-        del self.engines[slot]
+        """Strike a slot out, unless that has been done."""
+        self.engines.pop(slot, None)
         if slot in self.draining:
             self.draining.remove(slot)
 
@@ -165,6 +167,8 @@ class Slot:
         phase: Where it is in its life.
         detail: Why it is not up, for people.
         may_fit: While it waits for room: it would have some if others made it.
+        room_made: Another has ended for it, since it was up last.
+        patient_until: When to look whether it has room, on the monotonic clock.
         info: What it last said of itself.
         tending: Watches over it until it is drained.
     """
@@ -176,6 +180,8 @@ class Slot:
         self.phase: Phase = "starting"
         self.detail = ""
         self.may_fit = False
+        self.room_made = False
+        self.patient_until = time.monotonic() + _PATIENCE_S
         self.info: ActorInfo | None = None
         self.tending: asyncio.Task[None] | None = None
 
@@ -317,9 +323,13 @@ class Fleet:
             return
         if slot.info is not None and slot.info.pid != pid:  # it has been replaced; one that has not answered may hang
             return
-        with suppress(TimeoutError, ray.exceptions.RayError):
+        try:
             async with asyncio.timeout(_ALIVE_S):
                 await slot.actor.check_health.remote()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            if _is_of_server(error):
+                return
+        else:
             return
         if number in self._manager.actors and await in_charge():
             self._manager.replace(number, pid)
@@ -345,8 +355,9 @@ class Fleet:
         return [engine for engine, replicas in each for _ in range(replicas)]
 
     async def _keep(self, pause_s: float) -> None:
+        draining = [slot for slot in self.slots.values() if slot.phase == "draining"]
         await asyncio.sleep(pause_s)
-        for slot in [slot for slot in self.slots.values() if slot.phase == "draining"]:
+        for slot in draining:
             self._tasks.start(self._see_off(slot, works=True))
         while True:
             self._changed.clear()
@@ -368,23 +379,36 @@ class Fleet:
         await self._look_for_room()
         loads, wanted = self._loads(), self._wanted()
         members = [
-            Member(slot.number, slot.engine, self._phase(slot, wanted), loads.get(slot.number, 0), slot.may_fit)
+            Member(
+                slot.number,
+                slot.engine,
+                self._phase(slot, wanted),
+                loads.get(slot.number, 0),
+                slot.may_fit,
+                slot.room_made,
+            )
             for slot in self.slots.values()
         ]
         todo = steps(wanted, members)
+        if todo.room_for is not None:
+            self.slots[todo.room_for].room_made = True
         for number in todo.drain:
             self._retire(self.slots[number])
         if todo.create:
             numbers = self._record.number(todo.create)
             _log.info("%s gets slots %s", self._config.name, numbers)
+            have_room: set[int] = set()
             try:
                 await self._save()
                 configs = self._record.configs()
-                await self._manager.add({number: configs[number] for number in numbers})
+                have_room = await self._manager.add({number: configs[number] for number in numbers})
             finally:
                 for number in numbers:
                     if number in self._manager.actors:
-                        self._watch_over(Slot(number, self._record.engines[number], self._manager.actors[number]))
+                        slot = Slot(number, self._record.engines[number], self._manager.actors[number])
+                        if number not in have_room:
+                            slot.patient_until = 0
+                        self._watch_over(slot)
                     else:
                         self._record.forget(number)
             self._room_due = 0
@@ -409,8 +433,13 @@ class Fleet:
 
     async def _look_for_room(self) -> None:
         """Find out which of the actors that are not up wait for room in the cluster."""
-        starting = [slot for slot in self.slots.values() if slot.phase in ("waiting", "starting")]
-        if not starting or time.monotonic() < self._room_due:
+        now = time.monotonic()
+        starting = [
+            slot
+            for slot in self.slots.values()
+            if slot.phase == "waiting" or (slot.phase == "starting" and now >= slot.patient_until)
+        ]
+        if not starting or now < self._room_due:
             return
         waiting = await asyncio.to_thread(self._manager.waiting, [slot.number for slot in starting])
         self._room_due = time.monotonic() + (_ROOM_INTERVAL_S if waiting else _INTERVAL_S)
@@ -421,7 +450,14 @@ class Fleet:
                 if was == "starting":
                     _log.warning("slot %d of %s waits for room: %s", slot.number, self._config.name, slot.detail)
             elif slot.phase == "waiting":
+                self._has_room(slot)
                 slot.phase, slot.detail = "starting", ""
+
+    def _has_room(self, slot: Slot) -> None:
+        """Take note that a slot has got room: where it was made for another, that one may be given some again."""
+        if not slot.room_made:
+            for other in self.slots.values():
+                other.room_made = False
 
     async def _want(self, replicas: int, group: int) -> None:
         self._record.replicas[group] = replicas
@@ -470,9 +506,7 @@ class Fleet:
         num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
         while True:
             try:
-                await slot.actor.__ray_ready__.remote()
-                await asyncio.to_thread(self._manager.check_group, slot.number)
-                info = slot.info = _decode_info(await slot.actor.describe.remote())
+                info = slot.info = await self._description(slot)
             except ray.exceptions.ActorDiedError as error:
                 if slot.info is None:
                     await self._give_up(slot, f"its actor is gone: {first_line(error)}")
@@ -499,11 +533,52 @@ class Fleet:
                 await asyncio.sleep(0.2)
                 continue
             num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
-            slot.phase, slot.detail = "up", ""
+            if slot.phase == "waiting":
+                self._has_room(slot)
+            slot.phase, slot.detail, slot.room_made = "up", "", False
             self._changed.set()
             if not await self._is_well(slot) and await in_charge():
                 self._manager.replace(slot.number, info.pid)
-            slot.phase = "starting"
+            slot.phase, slot.patient_until = "starting", time.monotonic() + _PATIENCE_S
+
+    async def _description(self, slot: Slot) -> ActorInfo:
+        """Return what an actor says of itself once its engine is up. Its process is replaced when it hangs meanwhile.
+
+        Raises:
+            RayError: its engine does not start, or its process has ended.
+            PlacementError: see `PoolManager.check_group`.
+        """
+
+        async def describe() -> bytes:
+            await slot.actor.__ray_ready__.remote()
+            await asyncio.to_thread(self._manager.check_group, slot.number)
+            description: bytes = await slot.actor.describe.remote()
+            return description
+
+        call = asyncio.create_task(describe())
+        num_silent = 0
+        try:
+            while not (await asyncio.wait([call], timeout=_HEALTH_INTERVAL_S))[0]:
+                record = await asyncio.to_thread(actor_record, slot.actor)
+                waits = record.get("State") != "ALIVE"  # for room, or for its process
+                num_silent = 0 if waits or await self._hears(slot) else num_silent + 1
+                if num_silent == _MAX_UNHEALTHY and await in_charge():
+                    self._manager.replace(slot.number, record["Pid"])
+            return _decode_info(call.result())
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    async def _hears(self, slot: Slot) -> bool:
+        """Return whether an actor's process answers, or has ended; its engine is not asked."""
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                await slot.actor.start_failures.remote()
+        except TimeoutError:
+            return False
+        except ray.exceptions.RayError:
+            pass
+        return True
 
     async def _start_failures(self, slot: Slot) -> list[str]:
         try:
@@ -523,9 +598,9 @@ class Fleet:
             except ray.exceptions.RayActorError:
                 return True
             except (TimeoutError, ray.exceptions.RayError) as error:
-                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-                if isinstance(cause, UpstreamError):  # another actor would meet the same server
+                if _is_of_server(error):
                     continue
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 num_unhealthy += 1
                 _log.warning("slot %d is not well (%d): %s", slot.number, num_unhealthy, cause or "no answer")
             else:
@@ -556,6 +631,16 @@ class Fleet:
     async def _see_off(self, slot: Slot, *, works: bool) -> None:
         """End an actor when it has done what it has, or when its time is over."""
         _log.info("slot %d of %s is drained", slot.number, self._config.name)
+        while True:
+            try:
+                await self._end(slot, works=works)
+            except Exception:  # noqa: BLE001 - such as Ray's head, which is away for a while
+                _log.exception("slot %d of %s does not end yet", slot.number, self._config.name)
+                await asyncio.sleep(_INTERVAL_S)
+            else:
+                return
+
+    async def _end(self, slot: Slot, *, works: bool) -> None:
         await self._save()
         version = self._clients.publish()
         if works:
@@ -568,7 +653,7 @@ class Fleet:
                 _log.warning("slot %d of %s is still busy: what it has moves", slot.number, self._config.name)
         if not await in_charge():
             return
-        del self.slots[slot.number]
+        self.slots.pop(slot.number, None)
         await self._clients.seen(self._clients.publish())
         if slot.number in self._manager.actors:
             await self._manager.remove(slot.number)
@@ -593,6 +678,11 @@ async def in_charge() -> bool:
     context = ray.get_runtime_context()
     known = await asyncio.to_thread(state.actors, context.get_actor_id())
     return bool(known) and (known["Address"]["NodeID"], known["Pid"]) == (context.get_node_id(), os.getpid())
+
+
+def _is_of_server(error: Exception) -> bool:
+    """Return whether a health check failed for the server that an actor is a client of: another would meet the same."""
+    return isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UpstreamError)
 
 
 def _num_restarts(actor: Any) -> int:

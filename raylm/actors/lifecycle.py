@@ -4,7 +4,8 @@
 Called again after each change, it scales, rolls an update, and replaces what was drained by hand. What it holds to:
 
 1.  While old actors are replaced by new ones, never fewer serve than are wanted, and there is never more than one more
-    than are wanted. Only where the new one has no room, and could have it, does one old one make some.
+    than are wanted. Only where the new one has no room, and could have it, does an old one make some: one at a time,
+    and one for each. Where fewer serve already, one less does meanwhile.
 2.  A new one that does not start holds the update up: the old ones go on.
 3.  Of those that are too many, the ones that do least work go.
 
@@ -41,6 +42,7 @@ class Member:
         phase: Where it is in its life.
         load: Outstanding tokens.
         may_fit: While it waits: it would have room if others made some.
+        room_made: While it waits: another has made room for it. If somebody else has taken that, it waits.
     """
 
     slot: int
@@ -48,6 +50,7 @@ class Member:
     phase: Phase
     load: int = 0
     may_fit: bool = False
+    room_made: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class Steps:
     Attributes:
         create: Engine settings of the actors to create.
         drain: Slots to drain.
+        room_for: The slot for which one of them makes room.
     """
 
     create: tuple[str, ...] = ()
     drain: tuple[int, ...] = ()
+    room_for: int | None = None
 
 
 def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
@@ -86,14 +91,18 @@ def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
     old.sort(key=lambda member: (member.load, -member.slot))
     num_up = len(old) + sum(member.phase == "up" for member in kept)
     num_spare = max(0, num_up - len(wanted))
-    needs_room = any(member.phase == "waiting" and member.may_fit for member in kept)
-    if needs_room and num_up == len(wanted) and len(present) == len(members):
-        num_spare = 1
+    room_for = None
+    is_quiet = not drain and len(present) == len(members)  # nobody is about to give room back
+    if old and not num_spare and is_quiet and all(member.phase in ("up", "waiting") for member in kept):
+        waiting = [member for member in kept if member.phase == "waiting"]
+        needy = [member.slot for member in waiting if member.may_fit]
+        if needy and not any(member.room_made for member in waiting):
+            num_spare, room_for = 1, needy[0]
     drain += [member.slot for member in old[:num_spare]]
     create = list(missing.elements())
     if old:
         create = create[: max(0, len(wanted) + 1 - len(kept) - len(old))]
-    return Steps(tuple(create), tuple(drain))
+    return Steps(tuple(create), tuple(drain), room_for)
 
 
 class Autoscaler:

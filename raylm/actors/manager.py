@@ -112,10 +112,14 @@ class PoolManager:
             raise
         return manager
 
-    async def add(self, engines: Mapping[int, EngineConfig]) -> None:
-        """Create the actors of new slots, beside those that there are; they come up when they have room."""
+    async def add(self, engines: Mapping[int, EngineConfig]) -> set[int]:
+        """Create the actors of new slots, beside those that there are; return those that have room.
+
+        The others come up when they have some.
+        """
         planned = await asyncio.to_thread(_plan, self._replicas_of(engines))
         await self._create(engines, planned, taken_over=False)
+        return {replica.slot for replica, places in zip(planned.replicas, planned.places, strict=True) if places}
 
     async def remove(self, slot: int) -> None:
         """End the actor of a slot, and give back what it holds."""

@@ -71,7 +71,7 @@ _MAX_TRIES = 3  # of a request of which nothing was generated
 _RETRY_S = 0.2  # before the second try, twice that before the third, where the server names no time
 _MAX_RETRY_AFTER_S = 5.0  # a longer wait is the pool's, which has other servers
 
-_HEALTH_TIMEOUT_S = 10.0
+_HEALTH_TIMEOUT_S = 5.0  # shorter than the pool takes an actor to hang
 _DRAIN_S = 1.0  # for the end of a body whose last event has come; then the connection is closed, not used again
 _MAX_ERROR_BYTES = 1 << 16
 _KEEPALIVE_S = 4.0  # uvicorn closes an idle connection after 5; this side has to be the first

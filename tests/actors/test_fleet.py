@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 import ray
+from pydantic import ValidationError
 
 from raylm.actors.cluster import actor_record
 from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
+from raylm.engines.simulated import greedy_text
 from raylm.errors import InvalidRequestError, ModelNotFoundError, RaylmError
 from raylm.messages import Completion, Message, Request
 from raylm.pool import Pool
@@ -264,6 +266,17 @@ async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
     assert {completion.receipt.attempts for completion in completions} == {1}
 
 
+async def test_an_actor_hangs_when_the_manager_is_restarted(serve_model: Serve) -> None:
+    """The next process of the manager, which has never heard of the actor, has its process replaced."""
+    served = await serve_model(SIMULATED)
+    (slot,) = (await served.state()).slots
+    assert slot.pid is not None
+    os.kill(slot.pid, signal.SIGSTOP)
+    os.kill(await _pid(served.manager), signal.SIGKILL)
+    await served.slots(lambda slots: [found.state for found in slots] == ["up"] and slots[0].pid != slot.pid)
+    assert (await served.pool.pool.generate(ask("hello"))).text == greedy_text("hello", 20)
+
+
 async def test_a_model_that_is_ended(serve_model: Serve) -> None:
     """Its pools ask no more: what waits fails, what comes is refused, and both say that it is served no longer."""
     served = await serve_model({**SIMULATED, "capacity": 1})
@@ -314,6 +327,13 @@ async def test_a_manager_that_is_restarted_is_waited_for(serve_model: Serve) -> 
     assert served.pool.is_served
     completions = await load.over()
     assert {completion.receipt.attempts for completion in completions} == {1}
+
+
+def test_whose_actors_are_whose() -> None:
+    """Two groups with one engine cannot be told apart, so the one that scales itself would not know its own load."""
+    scaling = {"min_replicas": 0, "max_replicas": 2, "target_outstanding_tokens": 100}
+    with pytest.raises(ValidationError, match="make one group of both"):
+        config({**SIMULATED, "replicas": 2}, {**SIMULATED, "autoscaling": scaling})
 
 
 async def test_scales_by_the_work(serve_model: Serve) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ ENGINES = ["old", "new"]
 members = st.lists(
     st.builds(
         Member, slot=st.integers(0, 99), engine=st.sampled_from(ENGINES), phase=st.sampled_from(PHASES),
-        load=st.integers(0, 3), may_fit=st.booleans(),
+        load=st.integers(0, 3), may_fit=st.booleans(), room_made=st.booleans(),
     ),
     unique_by=lambda member: member.slot,
     max_size=8,
@@ -72,6 +73,7 @@ def test_it_comes_to_rest_at_what_is_wanted(wanted: list[str], members: list[Mem
         if todo == Steps() and all(member.phase == "up" for member in members):
             break
         members = [replace(each, phase="draining") if each.slot in todo.drain else each for each in members]
+        members = [replace(each, room_made=each.room_made or each.slot == todo.room_for) for each in members]
         for engine in todo.create:
             phase: Phase = data.draw(st.sampled_from(["starting", "waiting"]))
             members.append(Member(next_slot, engine, phase, may_fit=data.draw(st.booleans())))
@@ -95,8 +97,54 @@ def test_an_update_goes_one_by_one() -> None:
 def test_an_update_without_room_makes_some() -> None:
     """The old one ends first where both do not fit."""
     waiting = Member(1, "new", "waiting", may_fit=True)
-    assert steps(["new"], [up(0), waiting]) == Steps(drain=(0,))
+    assert steps(["new"], [up(0), waiting]) == Steps(drain=(0,), room_for=1)
     assert steps(["new"], [Member(0, "old", "draining"), waiting]) == Steps()
+
+
+def test_an_update_where_fewer_serve_than_are_wanted() -> None:
+    """Room is made all the same, for one after the other."""
+    waiting = [Member(slot, "new", "waiting", may_fit=True) for slot in (2, 3)]
+    assert steps(["new"] * 3, [up(0), up(1), *waiting]) == Steps(drain=(1,), room_for=2)
+    starting = [Member(2, "new", "starting"), waiting[1]]
+    assert steps(["new"] * 3, [up(0), *starting]) == Steps(create=("new",))
+    assert steps(["new"] * 3, [up(0), up(2, "new"), waiting[1]]).room_for == 3
+
+
+def test_room_that_somebody_else_has_taken() -> None:
+    """An actor for which room was made, and which still waits, gets no more."""
+    waiting = Member(2, "new", "waiting", may_fit=True, room_made=True)
+    assert steps(["new"] * 2, [up(0), waiting]) == Steps(create=("new",))
+    assert steps(["new"] * 2, [up(0), waiting, replace(waiting, slot=3, room_made=False)]) == Steps()
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.data())
+def test_an_update_of_a_full_cluster(num_places: int, num_more: int, data: st.DataObject) -> None:
+    """It comes to its end also where there is room for fewer than are wanted, and takes one from service at most."""
+    wanted = ["new"] * (num_places + num_more)
+    members = [up(slot) for slot in range(num_places)]
+    slots = itertools.count(num_places)
+    for _ in range(100):
+        todo = steps(wanted, members)
+        members = [replace(each, phase="draining") if each.slot in todo.drain else each for each in members]
+        members = [replace(each, room_made=each.room_made or each.slot == todo.room_for) for each in members]
+        members += [Member(next(slots), engine, "waiting", may_fit=True) for engine in todo.create]
+        assert sum(member.phase == "up" for member in members) >= num_places - 1
+        moving = [member for member in members if member.phase in ("draining", "starting")]
+        waiting = [member for member in members if member.phase == "waiting"]
+        if sum(member.phase != "waiting" for member in members) < num_places and waiting:
+            moving += waiting
+        if not moving:
+            if todo == Steps():
+                break
+            continue
+        chosen = data.draw(st.sampled_from(moving))
+        members.remove(chosen)
+        if chosen.phase != "draining":
+            if chosen.phase == "waiting" and not chosen.room_made:  # it has taken the room that another was to have
+                members = [replace(each, room_made=False) for each in members]
+            phase: Phase = "starting" if chosen.phase == "waiting" else "up"
+            members.append(replace(chosen, phase=phase, room_made=chosen.room_made and phase != "up"))
+    assert Counter(member.engine for member in members if member.phase == "up") == {"new": num_places}
 
 
 def test_what_can_never_fit_takes_nobody_s_room() -> None:
@@ -111,6 +159,7 @@ def test_an_update_that_never_gets_room(num_wanted: int, num_more: int) -> None:
     for _ in range(20):
         todo = steps(["new"] * num_wanted, members)
         members = [member for member in members if member.slot not in todo.drain]
+        members = [replace(each, room_made=each.room_made or each.slot == todo.room_for) for each in members]
         members += [Member(100 + len(members), engine, "waiting", may_fit=True) for engine in todo.create]
     assert sum(member.phase == "up" for member in members) == num_wanted - 1
 

@@ -216,14 +216,18 @@ class _Program:
         """Have the model consist of so many actors."""
         await scale(MODEL, replicas)
 
-    async def settled(self, replicas: int, model_name: str = "simulated") -> None:
-        """Wait until the model has so many actors, all up and of that name, here and at its manager."""
-        deadline = time.monotonic() + _SETTLED_TIMEOUT_S
+    async def settled(self, replicas: int, model_name: str = "simulated") -> int:
+        """Wait until the model has so many actors, all up and of that name, here and at its manager.
+
+        Return how few were up meanwhile.
+        """
+        deadline, fewest = time.monotonic() + _SETTLED_TIMEOUT_S, replicas
         while True:
             (found,) = await states()
             slots = [(slot.slot, slot.state, slot.model) for slot in found.slots]
+            fewest = min(fewest, sum(state == "up" for _, state, _ in slots))
             if slots == [(number, "up", model_name) for number in self._pool.slots] and len(slots) == replicas:
-                return
+                return fewest
             if time.monotonic() > deadline:
                 here = self._pool.statistics().slots
                 raise AssertionError(f"not settled on {len(await self.alive())} nodes: here {here}, there {found}")

@@ -162,6 +162,15 @@ async def test_update_under_load(driver: Driver) -> None:
     await driver.ask("serve", engines=[engine], pool=POOL, drain_timeout_s=1)
     await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1000)
     await driver.ask("update", engines=[{**engine, "model_name": "new"}], pool=POOL, drain_timeout_s=1)
-    await driver.ask("settled", replicas=3, model_name="new")
+    assert await driver.ask("settled", replicas=3, model_name="new") == 2
     all_right(await driver.ask("finish"), moved="drained")
     await driver.ask("accounts", num_gpus=12)
+
+
+async def test_update_where_one_more_has_room(driver: Driver) -> None:
+    """Never do fewer serve than are wanted, however long the process of a new one takes to come up."""
+    engine = {**SIMULATED, "num_gpus": 4, "replicas": 2}
+    await driver.ask("serve", engines=[engine], pool=POOL)
+    await driver.ask("update", engines=[{**engine, "model_name": "new"}], pool=POOL)
+    assert await driver.ask("settled", replicas=2, model_name="new") == 2
+    await driver.ask("accounts", num_gpus=8)
