@@ -1,4 +1,4 @@
-"""The seed's four classes, each for asyncio programs and for those without an event loop.
+"""lagent's four classes, each for asyncio programs and for those without an event loop.
 
 They differ in where the model is; what they do with it is in `chatbot.py`.
 
@@ -60,14 +60,15 @@ class AsyncLMDeployPipeline(AsyncChatbot):
         stop_words: Text or texts that end the generation and are not part of it.
         device: Where lmdeploy's pytorch engine computes; its turbomind engine needs GPUs. `cpu` is for development and
             tests. `auto` takes it where the cluster has no GPU, and says so.
-        backend_config: Further settings of the engine; a sequence has one for each replica. `path`, `model_name` and
-            `tp` are replaced by the arguments. A `SimulatedConfig` needs no model.
+        backend_config: Settings of the engine; a sequence has one for each replica. `path`, `model_name` and `tp` are
+            replaced by the arguments; `backend` and `device` are its own, and the arguments may be left out then. A
+            `SimulatedConfig` needs no model.
         address: Address of the Ray cluster; `local` starts one for this pipeline whatever else runs.
         pool_config: Limits and bounds of the pool.
         session_config: Where sessions are kept, and their limits.
 
     Raises:
-        InvalidRequestError: a parameter is out of range.
+        InvalidRequestError: a parameter is out of range, or `backend` or `device` is not that of `backend_config`.
     """
 
     def __init__(
@@ -105,6 +106,9 @@ class AsyncLMDeployPipeline(AsyncChatbot):
             session_config=session_config,
         )
         _check_model(path, tp, replicas)
+        if backend_config is not None:
+            given = backend_config if isinstance(backend_config, Sequence) else [backend_config]
+            _check_agreement(backend, device, given)
         self.path = path
         self.model_name = model_name
         self.tp = tp
@@ -458,6 +462,18 @@ def _check_model(path: object, tp: int, replicas: int) -> None:
 def _check_device(backend: str, device: Device) -> None:
     if backend == "turbomind" and device == "cpu":
         raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
+
+
+def _check_agreement(backend: Backend, device: Device, given: Sequence[EngineConfig]) -> None:
+    """Raise where an argument asks for another engine, or another place for it, than the settings that are given."""
+    for config in given:
+        engine, place = getattr(config, "backend", config.kind), getattr(config, "device", "cpu")
+        for name, asked, has in (("backend", backend, engine), ("device", device, place)):
+            if asked not in ("auto", has):
+                raise InvalidRequestError(
+                    f"{name}: {asked!r}, but backend_config (--engine-config) is for {has!r}; leave {name} out, or "
+                    f"give a backend_config for {asked!r}"
+                )
 
 
 def _engine_and_device(backend: str, device: Device) -> tuple[Literal["turbomind", "pytorch"], Literal["cuda", "cpu"]]:

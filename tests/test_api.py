@@ -17,7 +17,9 @@ from raylm import (
     INTERNLM2_META,
     AsyncLMDeployPipeline,
     Fault,
+    LMDeployConfig,
     LMDeployPipeline,
+    OpenVINOConfig,
     SimulatedConfig,
     Status,
 )
@@ -297,6 +299,37 @@ def test_wrong_settings_raise(cluster: str, wrong: dict[str, Any]) -> None:
     """A wrong backend, tp or replicas raises InvalidRequestError before anything is started."""
     with pytest.raises(InvalidRequestError):
         LMDeployPipeline("any", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "words"),
+    [
+        ({"backend": "pytorch"}, LMDeployConfig(backend="turbomind"), "backend: 'pytorch', .* 'turbomind'"),
+        ({"backend": "openvino"}, LMDeployConfig(backend="pytorch"), "backend: 'openvino', .* 'pytorch'"),
+        ({"backend": "pytorch"}, SimulatedConfig(), "backend: 'pytorch', .* 'simulated'"),
+        ({"backend": "openvino"}, [OpenVINOConfig(), SimulatedConfig()], "backend: 'openvino', .* 'simulated'"),
+        ({"device": "cpu"}, LMDeployConfig(backend="pytorch"), "device: 'cpu', .* 'cuda'"),
+        ({"device": "cuda"}, OpenVINOConfig(), "device: 'cuda', .* 'cpu'"),
+    ],
+)
+def test_arguments_that_contradict_the_settings_raise(argument: Any, given: Any, words: str) -> None:
+    """A backend or device that is not that of `backend_config` raises InvalidRequestError that names both."""
+    with pytest.raises(InvalidRequestError, match=words + ".*leave .* out"):
+        AsyncLMDeployPipeline("any", backend_config=given, **argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ({"backend": "pytorch", "device": "cpu"}, LMDeployConfig(device="cpu")),
+        ({"backend": "openvino", "device": "cpu"}, OpenVINOConfig()),
+        ({"backend": "auto", "device": "auto"}, LMDeployConfig(backend="turbomind")),
+        ({"backend": "openvino", "replicas": 2}, [OpenVINOConfig(capacity=1), OpenVINOConfig()]),
+    ],
+)
+def test_arguments_that_agree_with_the_settings_are_taken(arguments: Any, given: Any) -> None:
+    """A backend and device that are those of `backend_config`, or `auto`, raise nothing."""
+    AsyncLMDeployPipeline("any", backend_config=given, **arguments)
 
 
 def test_an_address_without_a_cluster_raises() -> None:

@@ -141,6 +141,10 @@ def test_help_tells_the_exit_codes(verb: list[str]) -> None:
         (["generate", ""], "error: prompt: the prompt is empty"),
         (["generate", "-", "-"], "give - once"),
         (["chat", '--engine-config={"kind": "simulated", "speed": 1}'], "simulated.speed: Extra inputs"),
+        (
+            ["generate", "x", "--backend=pytorch", engine()],
+            "pytorch', but backend_config (--engine-config) is for 'simulated",
+        ),
         (["batch", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["report", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
         (["verify", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
