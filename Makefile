@@ -22,7 +22,7 @@ help:
 	@echo "make test-gpu  run them, and their benchmark, where a GPU is"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
-	@echo "make bench   measure every figure of the README (about half an hour)"
+	@echo "make bench   measure the README's figures but lmdeploy's (about half an hour; after make system-deps)"
 	@echo "make clean   remove the virtual environment"
 
 demo: $(VENV)/.runs

@@ -523,7 +523,7 @@ def serve(
     ] = "auto",
     address: _Address = None,
 ) -> None:
-    """Serve models over HTTP, in OpenAI's protocol and the seed's, until Ctrl-C.
+    """Serve models over HTTP, in OpenAI's protocol and that of lagent's classes, until Ctrl-C.
 
     Without CONFIG: smollm2-135m-instruct on this machine's CPU. A page to chat with it is at /.
     """

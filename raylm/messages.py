@@ -58,7 +58,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How to generate. Defaults are those of the seed's classes.
+    """How to generate. Defaults are those of lagent's classes.
 
     Attributes:
         max_new_tokens: Limit on generated tokens, >= 1; with `echo` also 0, for the prompt alone.

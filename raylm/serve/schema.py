@@ -388,7 +388,7 @@ class ModelList(msgspec.Struct):
 
 
 class Generated(msgspec.Struct):
-    """An answer in the seed's words."""
+    """An answer of `POST /generate`."""
 
     text: str
     finish_reason: FinishReason

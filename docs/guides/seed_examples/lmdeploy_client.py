@@ -1,4 +1,4 @@
-"""The seed's example of `LMDeployClient`. Changed: imports, address, name of the model."""
+"""lagent's example of `LMDeployClient`. Changed: imports, address, name of the model."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The seed's example of `LMDeployPipeline`. Changed: imports, path."""
+"""lagent's example of `LMDeployPipeline`. Changed: imports, path."""
 
 from raylm import INTERNLM2_META as META
 from raylm import LMDeployPipeline

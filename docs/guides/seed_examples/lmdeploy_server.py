@@ -1,4 +1,4 @@
-"""The seed's example of `LMDeployServer`. Changed: imports, path, address."""
+"""lagent's example of `LMDeployServer`. Changed: imports, path, address."""
 
 from raylm import INTERNLM2_META as META
 from raylm import LMDeployServer

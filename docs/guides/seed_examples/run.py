@@ -1,4 +1,4 @@
-"""Runs the seed's examples, each in a process of its own, and writes what they print to `../seed-examples.md`.
+"""Runs lagent's examples, each in a process of its own, and writes what they print to `../seed-examples.md`.
 
 From the root of the repository, with the virtual environments of `make test` and `make test-lmdeploy`:
 
@@ -22,10 +22,14 @@ from tests.engines.triton_server import TritonServer
 HERE = Path(__file__).parent
 OPENVINO = Path(".venv/bin/python")  # where `LMDeployPipeline` takes OpenVINO, on a machine without GPU
 LMDEPLOY = Path(sys.executable)
-HEAD = """# The seed's examples, as they run
+FIRST, LAST = 20, 10
+"""Lines of a long output that are shown, from its beginning and from its end."""
 
-Each class of the seed with its own example: only imports, paths and addresses are changed. What follows each is what it
-printed. `stream_chat` yields the text so far, and the examples print it each time.
+HEAD = """# lagent's examples, as they run
+
+raylm's four classes have the interface of lagent's classes for lmdeploy. Here are lagent's own examples of them: only imports,
+paths, addresses and names of models are changed. What follows each is what it printed, a long output without its middle.
+`stream_chat` yields the text so far, and the examples print it each time.
 
 SmolLM2-135M-Instruct is a small model, here on OpenVINO (`LMDeployPipeline`) and on lmdeploy's PyTorch engine on CPU, and
 the Triton server has a toy for a model: the answers are no better than that. `python -m docs.guides.seed_examples.run` makes this page anew.
@@ -38,7 +42,16 @@ def run(name: str, python: Path, environment: Mapping[str, str]) -> str:
     result = subprocess.run(  # noqa: S603 - our own examples
         [str(python), str(file)], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
     )
-    return f"\n## {name}.py\n\n```python\n{file.read_text()}```\n\n```text\n{result.stdout}```\n"
+    return f"\n## {name}.py\n\n```python\n{file.read_text()}```\n\n````text\n{shortened(result.stdout)}````\n"
+
+
+def shortened(output: str) -> str:
+    """Return an output without its middle, where it is long."""
+    lines = output.splitlines(keepends=True)
+    left_out = len(lines) - FIRST - LAST
+    if left_out <= 1:
+        return output
+    return "".join([*lines[:FIRST], f"… {left_out:,} lines like these …\n", *lines[-LAST:]])
 
 
 @contextmanager
