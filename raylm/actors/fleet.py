@@ -169,6 +169,7 @@ class Slot:
         may_fit: While it waits for room: it would have some if others made it.
         room_made: Another has ended for it, since it was up last.
         patient_until: When to look whether it has room, on the monotonic clock.
+        num_silent: How many times in a row its process, which is there, has not answered.
         info: What it last said of itself.
         tending: Watches over it until it is drained.
     """
@@ -182,6 +183,7 @@ class Slot:
         self.may_fit = False
         self.room_made = False
         self.patient_until = time.monotonic() + _PATIENCE_S
+        self.num_silent = 0
         self.info: ActorInfo | None = None
         self.tending: asyncio.Task[None] | None = None
 
@@ -556,28 +558,26 @@ class Fleet:
             return description
 
         call = asyncio.create_task(describe())
-        num_silent = 0
         try:
             while not (await asyncio.wait([call], timeout=_HEALTH_INTERVAL_S))[0]:
                 record = await asyncio.to_thread(actor_record, slot.actor)
                 waits = record.get("State") != "ALIVE"  # for room, or for its process
-                num_silent = 0 if waits or await self._hears(slot) else num_silent + 1
-                if num_silent == _MAX_UNHEALTHY and await in_charge():
+                slot.num_silent = 0 if waits or await self._hears(slot) else slot.num_silent + 1
+                if slot.num_silent >= _MAX_UNHEALTHY and await in_charge():
                     self._manager.replace(slot.number, record["Pid"])
+            slot.num_silent = 0
             return _decode_info(call.result())
         finally:
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
 
     async def _hears(self, slot: Slot) -> bool:
-        """Return whether an actor's process answers, or has ended; its engine is not asked."""
+        """Return whether an actor's process answers; its engine is not asked."""
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
                 await slot.actor.start_failures.remote()
-        except TimeoutError:
+        except (TimeoutError, ray.exceptions.RayActorError):  # Ray gives up connecting to a process that hangs
             return False
-        except ray.exceptions.RayError:
-            pass
         return True
 
     async def _start_failures(self, slot: Slot) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from raylm.actors.cluster import actor_record
 from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
 from raylm.engines.simulated import greedy_text
-from raylm.errors import InvalidRequestError, ModelNotFoundError, RaylmError
+from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
 from raylm.messages import Completion, Message, Request
 from raylm.pool import Pool
 from raylm.served import ServedPool
@@ -58,12 +58,13 @@ class Served:
         return state
 
     async def slots(self, condition: Callable[[list[SlotStatistics]], object]) -> list[SlotStatistics]:
-        """Return its slots as soon as they are as they should be, here and at the manager."""
-        async with asyncio.timeout(60):
+        """Return its slots as soon as they are as they should be, here and at the manager, which may be restarted."""
+        async with asyncio.timeout(120):
             while True:
-                slots = (await self.state()).slots
-                if condition(slots) and [slot.slot for slot in slots] == self.pool.pool.slots:
-                    return slots
+                with suppress(NoActorError):
+                    slots = (await self.state()).slots
+                    if condition(slots) and [slot.slot for slot in slots] == self.pool.pool.slots:
+                        return slots
                 await asyncio.sleep(0.05)
 
     async def are_up(self, num_slots: int) -> list[SlotStatistics]:
