@@ -369,7 +369,7 @@ class PlainRig(Rig):
     def processes(self, node: Node) -> list[psutil.Process]:
         if node is self.head:
             return self._descendants()
-        living = [process for process in node.processes_seen if process.is_running()]
+        living = [process for process in node.processes_seen if _runs(process)]
         for process in self._descendants():
             if _is(process, "raylet") and _node_id(process) == node.id:
                 living = list({*living, process, *process.children(recursive=True)})
@@ -380,7 +380,7 @@ class PlainRig(Rig):
         pytest.skip(f"no node has a cable: {how_here()}")
 
     def _descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self._cluster.pid).children(recursive=True)
+        return [process for process in psutil.Process(self._cluster.pid).children(recursive=True) if _runs(process)]
 
 
 def start_rig(num_nodes: int = NUM_NODES, environment: Mapping[str, str] | None = None, *, redis: bool = False) -> Rig:
@@ -461,8 +461,7 @@ def _processes(pids: Iterable[int]) -> list[psutil.Process]:
     found = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if _runs(process := psutil.Process(pid)):
                 found.append(process)
     return found
 
@@ -472,6 +471,14 @@ def title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline()).strip()
     return ""
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Return whether a process has not ended, whoever is to be told of its end."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is(process: psutil.Process, program: str) -> bool:
