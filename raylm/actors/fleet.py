@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Collection, Iterable
@@ -233,6 +234,7 @@ class Fleet:
         self._clients = clients
         self._changed = asyncio.Event()
         self._room_due = 0.0
+        self._freed_at = -math.inf
         self._saving = asyncio.Lock()
         self._tasks = Tasks("a fleet")
         self._follow(ModelConfig.model_validate_json(record.config))
@@ -408,8 +410,8 @@ class Fleet:
                 for number in numbers:
                     if number in self._manager.actors:
                         slot = Slot(number, self._record.engines[number], self._manager.actors[number])
-                        if number not in have_room:
-                            slot.patient_until = 0
+                        if number not in have_room:  # unless what has just ended still seems to hold it
+                            slot.patient_until = self._freed_at + _PATIENCE_S
                         self._watch_over(slot)
                     else:
                         self._record.forget(number)
@@ -615,6 +617,7 @@ class Fleet:
         await self._clients.seen(self._clients.publish())
         if await in_charge():
             await self._manager.remove(slot.number)
+            self._freed_at = time.monotonic()
 
     def _retire(self, slot: Slot) -> None:
         """Begin to drain a slot, once."""
@@ -657,6 +660,7 @@ class Fleet:
         await self._clients.seen(self._clients.publish())
         if slot.number in self._manager.actors:
             await self._manager.remove(slot.number)
+            self._freed_at = time.monotonic()
         self._record.forget(slot.number)
         await self._save()
         self._changed.set()

@@ -219,13 +219,13 @@ class _Program:
     async def settled(self, replicas: int, model_name: str = "simulated") -> int:
         """Wait until the model has so many actors, all up and of that name, here and at its manager.
 
-        Return how few were up meanwhile.
+        Return how few were up here meanwhile.
         """
         deadline, fewest = time.monotonic() + _SETTLED_TIMEOUT_S, replicas
         while True:
             (found,) = await states()
             slots = [(slot.slot, slot.state, slot.model) for slot in found.slots]
-            fewest = min(fewest, sum(state == "up" for _, state, _ in slots))
+            fewest = min(fewest, self._pool.num_up)
             if slots == [(number, "up", model_name) for number in self._pool.slots] and len(slots) == replicas:
                 return fewest
             if time.monotonic() > deadline:
