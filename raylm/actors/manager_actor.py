@@ -35,6 +35,9 @@ WATCH_S = 1.0
 CLIENT_LEASE_S = 10.0
 """A client that has not watched for this long is gone."""
 
+MAX_SILENT = 1000
+"""Clients that are gone without a word and may come back: with more, those that are gone for longest will not."""
+
 POOL_LEASE_S = 120.0
 """A pool without clients ends its actors after this long: gateways that are replaced need it for a moment longer."""
 
@@ -83,13 +86,15 @@ class _Clients:
 
     Attributes:
         version: What they are to know.
-        departed: What those that are gone have done.
     """
 
     def __init__(self, model: str) -> None:
         self.version = self._first = time.time_ns()  # differs from that of every earlier process
-        self.departed = ModelState(name=model)
+        self._departed = ModelState(name=model)  # what those have done that are gone for good
         self._clients: dict[str, _Client] = {}
+        # By client, the last reports of those that have fallen silent. Reports count from a client's start, so one that
+        # comes back tells all of it again.
+        self._silent: dict[str, PoolReport] = {}
         self._heard = asyncio.Event()
 
     def __len__(self) -> int:
@@ -98,6 +103,7 @@ class _Clients:
     async def news(self, client_id: str, version: int, report: PoolReport) -> list[str]:
         """Take note of a report; return requests to abort, when there is something new or after `WATCH_S`."""
         client = self._clients.setdefault(client_id, _Client(report))
+        self._silent.pop(client_id, None)
         client.report, client.seen_at = report, time.monotonic()
         client.version = version if self._first <= version <= self.version else 0  # else of an earlier process
         self._heard.set()
@@ -114,16 +120,31 @@ class _Clients:
 
     def leave(self, client_id: str, report: PoolReport) -> None:
         """Take note of a client's last report."""
-        if self._clients.pop(client_id, None) is not None:
-            self.departed.count(report)
+        if client_id in self._clients or client_id in self._silent:
+            self._clients.pop(client_id, None)
+            self._silent.pop(client_id, None)
+            self._departed.count(report)
             self._heard.set()
 
     def expire(self) -> None:
-        """Forget those that have not watched for long."""
+        """Take those for gone that have not watched for long."""
         now = time.monotonic()
         for client_id, client in tuple(self._clients.items()):
             if now - client.seen_at > CLIENT_LEASE_S:
-                self.leave(client_id, client.report)
+                del self._clients[client_id]
+                self._silent[client_id] = client.report
+                self._heard.set()
+        while len(self._silent) > MAX_SILENT:
+            self._departed.count(self._silent.pop(next(iter(self._silent))))
+
+    def state(self) -> ModelState:
+        """Return what all of them have done, and the load that those make that are there."""
+        found = copy.deepcopy(self._departed)
+        reports = self.reports()
+        for report in (*self._silent.values(), *reports):
+            found.count(report)
+        found.watch(reports)
+        return found
 
     def cancel(self, request_id: str) -> None:
         """Have a request aborted, wherever it is."""
@@ -232,11 +253,7 @@ class ManagerActor:
     async def state(self) -> bytes:
         """Return a `ModelState`."""
         fleet = await self._fleet()
-        reports = self._clients.reports()
-        found = copy.deepcopy(self._clients.departed)
-        for report in reports:
-            found.count(report)
-        found.watch(reports)
+        found = self._clients.state()
         seen = {slot.slot: slot for slot in found.slots}
         found.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
         found.num_wanted = fleet.num_wanted
