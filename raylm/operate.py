@@ -44,7 +44,7 @@ async def _state(model: str) -> ModelState:
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             manager = await asyncio.to_thread(find, model)
-            config = ModelConfig.model_validate_json(await told(manager.start.remote()))
+            config = ModelConfig.model_validate_json(await told(manager.config.remote()))
             state = _decode_state(await told(manager.state.remote()))
             state.num_sessions = await _num_sessions(config, manager)
     except TimeoutError:
@@ -83,10 +83,12 @@ async def settled(models: Iterable[ModelConfig]) -> None:
         for model in left:
             await asyncio.to_thread(find, model)
         for state in await asyncio.gather(*map(_state, left)):
-            if not state.problem and [slot.state for slot in state.slots] == ["up"] * state.num_wanted:
+            wanted = [slot for slot in state.slots if slot.slot not in state.outdated]
+            are_up = [slot.state for slot in wanted] == ["up"] * state.num_wanted
+            if are_up and not state.outdated and not state.problem:
                 del left[state.name]
                 continue
-            for slot in state.slots:
+            for slot in wanted:
                 if slot.state == "failed":
                     raise EngineStartError(
                         f"slot {slot.slot} of {state.name} did not start: {slot.detail}. `raylm logs {state.name} "

@@ -66,9 +66,10 @@ class ServedPool:
         Raises:
             ModelNotFoundError: no model of that name is served on this cluster.
             PlacementError: its actors do not fit.
+            NoActorError: its actors have not been started, or its manager is being restarted.
         """
         manager = await asyncio.to_thread(find, model)
-        config = ModelConfig.model_validate_json(await told(manager.start.remote()))
+        config = ModelConfig.model_validate_json(await told(manager.config.remote()))
         store = connect_store(config.sessions, await told(manager.sessions.remote()), f"raylm:{model}:")
         served: Self
 

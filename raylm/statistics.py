@@ -151,6 +151,7 @@ class ModelState(msgspec.Struct, kw_only=True):
         num_clients: Pools that use it now.
         num_sessions: Sessions that its store remembers; None where this process has not the store's password.
         num_wanted: Slots that there should be.
+        outdated: Those whose actors are not wanted, or no longer; each until its actor has ended.
         num_waiting: As in `PoolStatistics`, and so are the others of these names.
         slots: Its slots; `num_running` is what the engine itself says, where it does.
         failures: The latest requests that ended with an error.
@@ -161,6 +162,7 @@ class ModelState(msgspec.Struct, kw_only=True):
     num_clients: int = 0
     num_sessions: int | None = 0
     num_wanted: int = 0
+    outdated: list[int] = []
     num_waiting: int = 0
     num_running: int = 0
     num_finished: int = 0

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
@@ -74,6 +75,8 @@ class Record(msgspec.Struct):
         next_slot: Number of the next new slot.
         engines: Settings of the engine of each slot that there is, as JSON.
         draining: Those of them that are to end.
+        started: The first actors have come up. Until then a failure ends all of them, and what else is wanted begins
+            anew.
     """
 
     manager: str
@@ -83,6 +86,7 @@ class Record(msgspec.Struct):
     next_slot: int = 0
     engines: dict[int, str] = {}
     draining: list[int] = []
+    started: bool = False
 
     def number(self, engines: Iterable[str]) -> list[int]:
         """Give new slots their numbers, and return these."""
@@ -251,6 +255,21 @@ class Fleet:
     def num_wanted(self) -> int:
         """How many actors there should be."""
         return sum(self._record.replicas)
+
+    @property
+    def outdated(self) -> list[int]:
+        """The slots whose actors are not wanted, or no longer; each until its actor has ended."""
+        found = list(self._record.draining)
+        missing = Counter(self._wanted())
+        # As `steps` chooses: of those that are too many, one that is up stays.
+        for slot in sorted(self.slots.values(), key=lambda slot: slot.phase != "up"):
+            if slot.phase == "draining":
+                continue
+            if missing[slot.engine]:
+                missing[slot.engine] -= 1
+            else:
+                found.append(slot.number)
+        return sorted(found)
 
     @property
     def config(self) -> str:

@@ -75,15 +75,17 @@ class PoolManager:
         *,
         name: str | None = None,
         placement_timeout_s: float | None = None,
+        taken_over: bool = False,
     ) -> Self:
         """Create the actors; returns when their processes are up. Their engines start when a pool attaches to them.
 
         Args:
             engines: Settings of each slot's engine; a sequence is numbered from 0.
             sessions: Where sessions are kept, and their limits.
-            name: Of the pool, for actors that outlive this process. Those that exist under it are taken over as they
-                are, be they well, hanging, or in the middle of a restart.
+            name: Of the pool, for actors that outlive this process.
             placement_timeout_s: See `PoolConfig`.
+            taken_over: An earlier process has started the pool of this name. What there is of it is taken over as it
+                is, be it well, hanging, or in the middle of a restart, and stays whatever fails here.
 
         Raises:
             PlacementError: they do not fit, or the cluster is too busy to take them.
@@ -91,7 +93,6 @@ class PoolManager:
         """
         if not isinstance(engines, Mapping):
             engines = dict(enumerate(engines))
-        taken_over = name is not None and _exist(name)
         if placement_timeout_s is None:
             placement_timeout_s = 0 if name is None else SERVED_PLACEMENT_TIMEOUT_S
         manager = cls(name)
@@ -315,11 +316,6 @@ def named_actors() -> list[str]:
     """Return the names of raylm's actors on this cluster that have one. Blocks for some milliseconds."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-
-
-def _exist(pool: str) -> bool:
-    """Return whether an earlier process has left actors of that pool."""
-    return any(name.startswith(f"{pool}:slot-") for name in named_actors())
 
 
 def end_all(pool: str) -> int:

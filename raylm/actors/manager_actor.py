@@ -1,5 +1,6 @@
 """ManagerActor: the PoolManager of a served model as a named Ray actor, which outlives gateways.
 
+    start(config, as_of, update)     has the actors created, or says with which settings they have been
     watch(client, version, report)   who is in which slot, as soon as that has changed; also tells the client's news
     replace(slot, pid)               has a hanging process ended, once
     cancel(request)                  asks every client to abort a request
@@ -16,6 +17,7 @@ import asyncio
 import copy
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -185,19 +187,47 @@ class ManagerActor:
     """
 
     def __init__(self, config: str, as_of: int) -> None:
-        self._as_of = as_of
-        self._config = ModelConfig.model_validate_json(config)
-        self._clients = _Clients(self._config.name)
+        self._first = _new_record(config, as_of)
+        self._name = ModelConfig.model_validate_json(config).name
+        self._record: Record | None = None  # see `_recall`
+        self._recalling = asyncio.Lock()
+        self._clients = _Clients(self._name)
         self._starting: asyncio.Task[Fleet] | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._sessions: Any = None
 
-    async def start(self) -> str:
-        """Create the actors, or take them over; return the `ModelConfig` that they follow, as JSON.
+    async def start(self, config: str, as_of: int, update: bool) -> str:
+        """Have the actors created, where they are not; return the `ModelConfig` that they follow, as JSON.
+
+        Args:
+            config: What they are to be, a `ModelConfig` as JSON. Where none has come up yet, what was said last counts.
+            as_of: When that was said, see `Record`.
+            update: A first start with other settings that is under way, and was asked for before, is given up. Else it
+                is waited for.
 
         Raises:
             PlacementError: they do not fit. The next call tries again.
             NoActorError: one of their processes died as it started.
+        """
+        record = await self._recall()
+        if not record.started:
+            pending = self._starting is not None and not self._starting.done()
+            others = ModelConfig.model_validate_json(record.config) != ModelConfig.model_validate_json(config)
+            if as_of > record.as_of:
+                if not others:
+                    record.as_of = as_of
+                elif update or not pending:
+                    record = _new_record(config, as_of, record.next_slot)
+            if not pending or record is not self._record:
+                self._begin(record)
+        return await self.config()
+
+    async def config(self) -> str:
+        """Return the `ModelConfig` that the actors follow, as JSON, when they have been created.
+
+        Raises:
+            PlacementError: they did not fit.
+            NoActorError: they have not been started, or one of their processes died as it started.
         """
         return (await self._fleet()).config
 
@@ -257,6 +287,7 @@ class ManagerActor:
         seen = {slot.slot: slot for slot in found.slots}
         found.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
         found.num_wanted = fleet.num_wanted
+        found.outdated = fleet.outdated
         return _encode(found)
 
     async def close(self) -> None:
@@ -269,39 +300,68 @@ class ManagerActor:
             if not self._starting.cancelled() and self._starting.exception() is None:
                 await self._starting.result().aclose()
 
-    async def _fleet(self) -> Fleet:
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-        try:
-            fleet = await asyncio.shield(self._starting)
-        except Exception:
-            self._starting = None
-            raise
-        if self._expiring is None:
-            self._expiring = asyncio.create_task(self._expire())
-        return fleet
+    async def _recall(self) -> Record:
+        """Return what is wanted, and what there is of it; an earlier process may have left that."""
+        async with self._recalling:
+            if self._record is None:
+                found = await asyncio.to_thread(load_record, self._name, self._first.manager)
+                self._record = found or self._first
+            return self._record
 
-    async def _start(self) -> Fleet:
-        name, me = self._config.name, ray.get_runtime_context().get_actor_id()
-        record = await asyncio.to_thread(load_record, name, me)
-        taken_over = record is not None
-        if record is None:
-            config = self._config
-            record = Record(me, config.model_dump_json(), self._as_of, [group.replicas for group in config.engines])
-            record.next_slot = await asyncio.to_thread(end_all, name)  # nobody knows what these were
-            record.number(engine.model_dump_json() for engine in config.slots())
-            await asyncio.to_thread(save_record, name, msgspec.json.encode(record))
+    async def _fleet(self) -> Fleet:
+        """Return the actors, when they have been created. Only `start` begins that; others take over what there is.
+
+        Raises:
+            NoActorError: there are none, for nobody has begun that, or they are being ended.
+            Exception: what the start has failed with.
+        """
+        record = await self._recall()
+        if record.started and (self._starting is None or _has_failed(self._starting)):
+            self._begin(record)
+        while (starting := self._starting) is not None:
+            await asyncio.wait([starting])
+            if starting is not self._starting:  # it was given up for another one
+                continue
+            if starting.cancelled():
+                raise NoActorError(f"model {self._name} is being ended")
+            return starting.result()
+        raise NoActorError(f"the actors of {self._name} were not started before its manager died; `raylm up` does that")
+
+    def _begin(self, record: Record) -> None:
+        """Begin to create the actors, or to take them over; a start that is under way ends."""
+        before = self._starting
+        if before is not None:
+            before.cancel()
+        self._record = record
+        self._starting = asyncio.create_task(self._start(record, before))
+
+    async def _start(self, record: Record, before: asyncio.Task[Fleet] | None) -> Fleet:
+        if before is not None:
+            await asyncio.wait([before])  # its actors end, and what they hold is free
+        taken_over = record.started
         config = ModelConfig.model_validate_json(record.config)
-        try:
-            manager = await PoolManager.start(
-                record.configs(), config.sessions, name=name, placement_timeout_s=config.pool.placement_timeout_s
-            )
-        except BaseException:
-            if not taken_over:  # and its actors have ended
-                await asyncio.to_thread(delete_record, name)
-            raise
+        if not taken_over:
+            # What an earlier manager has left, or an earlier process of this one in the middle of this.
+            record.next_slot = max(record.next_slot, await _to_its_end(end_all, self._name))
+            record.engines = {}
+            record.number(engine.model_dump_json() for engine in config.slots())
+            await self._save(record)
+        manager = await PoolManager.start(
+            record.configs(),
+            config.sessions,
+            name=self._name,
+            placement_timeout_s=config.pool.placement_timeout_s,
+            taken_over=taken_over,
+        )
+        if not taken_over:
+            record.started = True
+            await self._save(record)
         self._sessions = manager.sessions
+        self._expiring = asyncio.create_task(self._expire())
         return Fleet(record, manager, self._clients, taken_over=taken_over)
+
+    async def _save(self, record: Record) -> None:
+        await _to_its_end(save_record, self._name, msgspec.json.encode(record))
 
     async def _expire(self) -> None:
         """Forget clients that are gone, and end everything when none has been there for long."""
@@ -313,9 +373,30 @@ class ManagerActor:
                 left_at = time.monotonic()
             elif time.monotonic() - left_at > POOL_LEASE_S:
                 if await in_charge():
-                    _log.warning("nobody has used model %s for %.0f s: its actors end", self._config.name, POOL_LEASE_S)
+                    _log.warning("nobody has used model %s for %.0f s: its actors end", self._name, POOL_LEASE_S)
                     await (await self._fleet()).aclose()
                 ray.actor.exit_actor()
+
+
+def _new_record(config: str, as_of: int, next_slot: int = 0) -> Record:
+    """Return the record of a model that nothing has been done for yet."""
+    groups = ModelConfig.model_validate_json(config).engines
+    manager = ray.get_runtime_context().get_actor_id()
+    return Record(manager, config, as_of, [group.replicas for group in groups], next_slot)
+
+
+async def _to_its_end(blocking: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what blocks in a thread. Who is cancelled meanwhile ends after it: what comes next would cross it."""
+    running = asyncio.create_task(asyncio.to_thread(blocking, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def _has_failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 def find(model: str) -> Any:
@@ -346,7 +427,7 @@ def served_models() -> list[str]:
 
 
 async def served_config(model: str) -> ModelConfig | None:
-    """Return the settings of a served model, or None where its manager does not answer.
+    """Return the settings of a served model; None where they are not known: its manager does not answer, or has failed.
 
     Raises:
         ModelNotFoundError: no model of that name is served on this cluster.
@@ -354,7 +435,7 @@ async def served_config(model: str) -> ModelConfig | None:
     manager = await asyncio.to_thread(find, model)
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            return ModelConfig.model_validate_json(await manager.start.remote())
+            return ModelConfig.model_validate_json(await manager.config.remote())
     except (TimeoutError, ray.exceptions.RayError):
         return None
 
@@ -365,13 +446,15 @@ async def serve(config: ModelConfig, as_of: int | None = None) -> Any:
     Args:
         config: What is to be served.
         as_of: When that was said, in nanoseconds since 1970. A model that is served with settings from before is
-            updated, its actors replaced one by one; one with settings from later stays as it is. None: others are an
-            error.
+            updated, its actors replaced one by one, or started anew where none has come up yet; one with settings from
+            later stays as it is. None: others are an error.
 
     Raises:
         InvalidRequestError: the model is served with other settings, and is not to be updated or cannot be in service.
         PlacementError: its actors do not fit.
+        NoActorError: one of their processes died as it started, or the manager is being restarted.
     """
+    wanted, said_at = config.model_dump_json(), time.time_ns() if as_of is None else as_of
     manager = (
         ray.remote(ManagerActor)
         .options(
@@ -383,15 +466,16 @@ async def serve(config: ModelConfig, as_of: int | None = None) -> Any:
             max_restarts=-1,
             max_concurrency=10_000,
         )
-        .remote(config.model_dump_json(), time.time_ns() if as_of is None else as_of)
+        .remote(wanted, said_at)
     )
-    if ModelConfig.model_validate_json(await told(manager.start.remote())) != config:
+    served = await told(manager.start.remote(wanted, said_at, as_of is not None))
+    if ModelConfig.model_validate_json(served) != config:
         if as_of is None:
             raise InvalidRequestError(
                 f"model {config.name!r} is served with other settings already; end it first, or give this one another "
                 "name"
             )
-        await told(manager.update.remote(config.model_dump_json(), as_of))
+        await told(manager.update.remote(wanted, said_at))
     return manager
 
 

@@ -155,6 +155,7 @@ class Endpoint:
             EngineStartError: an engine did not start, or the port is taken; the text says what to do.
             PlacementError: the actors do not fit.
             InvalidRequestError: a model is being served with other settings.
+            NoActorError: the manager of a model is being restarted; the text says to try again.
         """
         from ray import serve
         from ray.serve.config import HTTPOptions
@@ -312,15 +313,22 @@ def _listens_at() -> tuple[str, int]:
 
 
 async def _update(models: tuple[ModelConfig, ...], as_of: int) -> None:
-    """Have those models updated that are served with other settings. None is when one cannot be."""
+    """Have those models updated that are served with other settings, or with unknown ones. None is when one cannot be.
+
+    Raises:
+        InvalidRequestError: one cannot be.
+        PlacementError: the actors of one, none of which had come up yet, do not fit.
+        NoActorError: the manager of one is being restarted.
+    """
     from raylm.actors.fleet import check_update
     from raylm.actors.manager_actor import serve, served_config, served_models
 
     served = set(await asyncio.to_thread(served_models))
     changed = []
     for model in models:
-        if model.name in served and (now := await served_config(model.name)) is not None and now != model:
-            check_update(now, model)
+        if model.name in served and (now := await served_config(model.name)) != model:
+            if now is not None:
+                check_update(now, model)
             changed.append(model)
     for model in changed:
         await serve(model, as_of)

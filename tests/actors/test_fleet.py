@@ -15,19 +15,34 @@ import pytest
 import ray
 from pydantic import ValidationError
 
+from raylm import operate
+from raylm.actors import manager_actor
 from raylm.actors.cluster import actor_record
+from raylm.actors.manager import named_actors
 from raylm.actors.manager_actor import end, find, serve, told
 from raylm.config import ModelConfig
 from raylm.engines.simulated import greedy_text
-from raylm.errors import InvalidRequestError, ModelNotFoundError, NoActorError, RaylmError
+from raylm.errors import (
+    EngineStartError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NoActorError,
+    PlacementError,
+    RaylmError,
+)
 from raylm.messages import Completion, Message, Request
+from raylm.operate import settled
 from raylm.pool import Pool
+from raylm.serve.run import _update
 from raylm.served import ServedPool
 from raylm.statistics import ModelState, SlotStatistics
 from tests.conftest import ask
 
 SIMULATED = {"kind": "simulated", "tokens_per_s": 100}
 BROKEN = {"kind": "openvino", "path": "/nowhere/model.gguf"}
+
+NO_ROOM = {**SIMULATED, "num_gpus": 1}
+"""The cluster has no GPU."""
 
 NAME = "fleet"
 
@@ -411,6 +426,194 @@ async def test_sessions_cannot_be_changed_in_service(serve_model: Serve) -> None
     changed = config(SIMULATED, sessions={"ttl_s": 1}).model_dump_json()
     with pytest.raises(InvalidRequestError, match="sessions: "):
         await told(served.manager.update.remote(changed, time.time_ns()))
+
+
+async def test_outdated_are_told_until_they_have_ended(serve_model: Serve) -> None:
+    """At every moment of an update it is known that it is not over, and at its end that it is."""
+    served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 2})
+    assert (await served.state()).outdated == []
+    await served.update({**SIMULATED, "model_name": "new", "replicas": 2})
+    async with asyncio.timeout(60):
+        while (state := await served.state()).outdated:
+            assert {slot.slot for slot in state.slots if slot.model == "old"} <= set(state.outdated)
+    assert [(slot.slot, slot.model) for slot in state.slots] == [(2, "new"), (3, "new")]
+
+
+async def test_settled_after_the_manager_was_killed(serve_model: Serve) -> None:
+    """While the next process changes nothing yet, an update that has been asked for is not over."""
+    served = await serve_model({**SIMULATED, "model_name": "old"})
+    new = config({**SIMULATED, "model_name": "new"})
+    await serve(new, time.time_ns())
+    os.kill(await _pid(served.manager), signal.SIGKILL)
+    async with asyncio.timeout(60):
+        await settled([new])
+    assert [(slot.slot, slot.model) for slot in (await served.state()).slots] == [(1, "new")]
+
+
+async def test_settled_when_a_failed_update_is_corrected(serve_model: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an engine that is wanted fails an update: one that is about to go does not fail the next."""
+    served = await serve_model({**SIMULATED, "model_name": "old"})
+    await served.update(BROKEN)
+    await served.slots(lambda slots: [slot.state for slot in slots] == ["up", "failed"])
+    with pytest.raises(EngineStartError, match="slot 1 of fleet did not start"):
+        await settled([config(BROKEN)])
+    new = config({**SIMULATED, "model_name": "new"})
+    updating = served.manager.update.remote(new.model_dump_json(), time.time_ns())
+    looks = [await served.state()]  # taken in the middle of that call
+    await told(updating)
+    assert (looks[0].slots[1].state, looks[0].outdated) == ("failed", [0, 1])
+    look = operate._state
+
+    async def first_look(model: str) -> ModelState:
+        return looks.pop() if looks else await look(model)
+
+    monkeypatch.setattr(operate, "_state", first_look)
+    async with asyncio.timeout(60):
+        await settled([new])
+    assert [slot.model for slot in (await served.state()).slots] == ["new"]
+
+
+async def test_up_while_the_manager_does_not_answer(serve_model: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose present settings cannot be learned is updated too."""
+    await serve_model(SIMULATED)
+    monkeypatch.setattr(manager_actor, "_ANSWER_TIMEOUT_S", 0)
+    new = config({**SIMULATED, "model_name": "new"})
+    await _update((new,), time.time_ns())
+    assert ModelConfig.model_validate_json(await told(find(NAME).config.remote())) == new
+
+
+async def test_up_while_the_manager_is_restarted(serve_model: Serve) -> None:
+    """Either the model is updated, or it is said that it has to be tried again."""
+    served = await serve_model(SIMULATED)
+    new = config({**SIMULATED, "model_name": "new"})
+    os.kill(await _pid(served.manager), signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await _update((new,), time.time_ns())
+                break
+            except NoActorError as error:
+                assert "try again" in str(error)  # noqa: PT017 - it need not come
+                await asyncio.sleep(0.1)
+    assert ModelConfig.model_validate_json(await told(served.manager.config.remote())) == new
+
+
+@pytest.fixture
+async def unstarted(cluster: str) -> AsyncIterator[None]:
+    """For tests of a model that has not started: ends it after the test."""
+    yield
+    await end(NAME)
+
+
+@pytest.mark.usefixtures("unstarted")
+async def test_a_first_start_under_way_is_corrected() -> None:
+    """What waits for room ends, other settings take its place at once, and who has waited is told."""
+    waiting = asyncio.create_task(serve(config(NO_ROOM)))
+    await _until(lambda: "slot-0" in _parts())
+    async with asyncio.timeout(60):
+        await serve(config(SIMULATED), time.time_ns())
+        with pytest.raises(InvalidRequestError, match="served with other settings"):
+            await waiting
+    async with await ServedPool.open(NAME) as pool:
+        assert (await pool.pool.generate(ask("hello"))).receipt.slot == 1
+    assert _parts() == {"manager", "sessions", "slot-1"}
+
+
+@pytest.mark.usefixtures("unstarted")
+async def test_a_first_start_that_has_failed_is_corrected() -> None:
+    """Also by who allows no update: nothing is served yet."""
+    with pytest.raises(PlacementError):
+        await serve(config(NO_ROOM, pool={"placement_timeout_s": 0}))
+    await serve(config(SIMULATED, sessions={"ttl_s": 60}))
+    async with await ServedPool.open(NAME) as pool:
+        assert (await pool.pool.generate(ask("hello"))).text
+
+
+@pytest.mark.usefixtures("unstarted")
+async def test_a_look_at_a_model_that_has_not_started_starts_nothing() -> None:
+    """It tells why that failed."""
+    with pytest.raises(PlacementError):
+        await serve(config(NO_ROOM, pool={"placement_timeout_s": 0.1}))
+    before = _num_created()
+    for _ in range(2):
+        (state,) = await operate.states()
+        assert "the actors are not up" in state.problem
+    for look in ("state", "config", "sessions"):
+        with pytest.raises(PlacementError):
+            await told(getattr(find(NAME), look).remote())
+    assert (_parts(), _num_created()) == ({"manager"}, before)
+
+
+@pytest.mark.usefixtures("unstarted")
+async def test_a_corrected_first_start_survives_the_manager() -> None:
+    """The next process is made with the settings that were wrong, and goes on from those that were said last."""
+    refused, said_at = config(NO_ROOM, pool={"placement_timeout_s": 0}), time.time_ns()
+    with pytest.raises(PlacementError):
+        await serve(refused, said_at)
+    first = asyncio.create_task(serve(config(NO_ROOM), time.time_ns()))
+    await _until(lambda: "slot-1" in _parts())
+    os.kill(await _pid(find(NAME)), signal.SIGKILL)
+    with pytest.raises(NoActorError, match="try again"):
+        await first
+    late = asyncio.create_task(_persist(refused, said_at))  # as a gateway that was told so, and starts again and again
+    await _until(lambda: "slot-2" in _parts())
+    await serve(config(SIMULATED), time.time_ns())
+    await late
+    async with await ServedPool.open(NAME) as pool:
+        assert (await pool.pool.generate(ask("hello"))).receipt.slot == 3
+
+
+async def test_the_manager_is_killed_while_there_are_no_actors(serve_model: Serve) -> None:
+    """The next process takes the model over as it is: a session store that is slow to answer is left alone."""
+    served = await serve_model(SIMULATED)
+    await served.scale(0)
+    await served.are_up(0)
+    store = await _pid(ray.get_actor(f"{NAME}:sessions", namespace="raylm"))
+    before = await _pid(served.manager)
+    os.kill(store, signal.SIGSTOP)
+    try:
+        os.kill(before, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while await _pid(served.manager) in (before, 0) or not await _answers(served):
+                await asyncio.sleep(0.05)
+    finally:
+        os.kill(store, signal.SIGCONT)
+    assert await _pid(ray.get_actor(f"{NAME}:sessions", namespace="raylm")) == store
+    await served.scale(1)
+    await served.are_up(1)
+
+
+async def _answers(served: Served) -> bool:
+    try:
+        await served.state()
+    except NoActorError:
+        return False
+    return True
+
+
+async def _persist(model: ModelConfig, as_of: int) -> None:
+    """Have a model served, however often its manager is being restarted."""
+    while True:
+        with suppress(NoActorError):
+            await serve(model, as_of)
+            return
+        await asyncio.sleep(0.1)
+
+
+async def _until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(condition):
+            await asyncio.sleep(0.05)
+
+
+def _parts() -> set[str]:
+    """Return which actors of the model there are."""
+    return {name.removeprefix(f"{NAME}:") for name in named_actors() if name.startswith(f"{NAME}:")}
+
+
+def _num_created() -> int:
+    """Return how many actors Ray has ever been asked for."""
+    return len(ray._private.state.actors())
 
 
 async def _knows(served: Served) -> bool:

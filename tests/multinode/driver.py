@@ -335,7 +335,7 @@ class _Program:
             manager = await asyncio.to_thread(find, MODEL)
             await manager.__ray_ready__.remote()
             if (await self.where())["manager"] == node:
-                await manager.start.remote()
+                await manager.config.remote()
                 return
             ray.kill(manager, no_restart=False)
             with suppress(ray.exceptions.RayActorError):
