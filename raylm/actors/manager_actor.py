@@ -325,7 +325,7 @@ class ManagerActor:
             if starting.cancelled():
                 raise NoActorError(f"model {self._name} is being ended")
             return starting.result()
-        raise NoActorError(f"the actors of {self._name} were not started before its manager died; `raylm up` does that")
+        raise NoActorError(f"the actors of {self._name} have not been started; `raylm up` starts them")
 
     def _begin(self, record: Record) -> None:
         """Begin to create the actors, or to take them over; a start that is under way ends."""

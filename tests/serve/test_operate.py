@@ -99,10 +99,10 @@ class Cluster:
         self._config.write_text(yaml.safe_dump({"models": [model]}))
         self.told("up", str(self._config), f"--port={self.port}")
 
-    def begin_up(self, engine: dict[str, Any]) -> subprocess.Popen[str]:
+    def begin_up(self, engine: dict[str, Any], **settings: Any) -> subprocess.Popen[str]:
         """Begin to have a model consist of this engine; nobody waits for that."""
         with tempfile.NamedTemporaryFile("w", dir=self._config.parent, suffix=".yaml", delete=False) as config:
-            yaml.safe_dump({"models": [{"name": "sim", "engines": [engine]}]}, config)
+            yaml.safe_dump({"models": [{"name": "sim", "engines": [engine], **settings}]}, config)
         return subprocess.Popen(
             [*_RAYLM, "up", config.name, f"--port={self.port}", f"--address={self.address}"],
             stdout=subprocess.DEVNULL,
@@ -303,6 +303,17 @@ def test_two_at_once() -> None:
             assert slot["model"] == names[1 - refused]
         assert slot["state"] == "up"
         assert cluster.generate("hello")["receipt"]["model"] == slot["model"]
+
+
+def test_a_first_start_that_fails_is_corrected() -> None:
+    """The mended file is enough: nothing has to be ended first."""
+    with a_cluster() as cluster:
+        first = cluster.begin_up({**ENGINE, "num_gpus": 1}, pool={"placement_timeout_s": 0})  # there are none
+        assert "does not fit" in first.communicate(timeout=_TIMEOUT_S)[1]
+        assert first.returncode == 3
+        assert "does not fit" in cluster.told("status")
+        cluster.up(ENGINE)
+        assert cluster.generate("hello")["text"] != ""
 
 
 _END = """
