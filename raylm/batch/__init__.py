@@ -27,10 +27,13 @@ import msgspec
 from raylm.batch.job import Job, Tally
 from raylm.batch.ledger import Ledger, Record, check_free, engine_key
 from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
-from raylm.batch.rows import BadRow, Reading, Row, read_rows, rows_of
+from raylm.batch.rows import BadRow, Reading, Row, as_openai, read_rows, rows_of
 from raylm.chatbot import AsyncChatbot, Chatbot
 from raylm.config import BatchConfig
 from raylm.errors import InvalidRequestError, first_line
+
+_MOST_BAD = 1000
+"""Rows at the begin of a file that may be too damaged to tell its form. They are in memory together."""
 
 Source = Path | str | Iterable[Mapping[str, Any]] | None
 
@@ -110,8 +113,8 @@ async def run_batch_async(
         if source is None or isinstance(source, Path | str)
         else rows_of(source, reading)
     )
-    first = await anext(rows, None)
-    is_openai = first is not None and first.openai is not None
+    first = await _first(rows)
+    is_openai = bool(first) and first[-1].openai is not None
     with ExitStack() as stack:
         if isinstance(output, Path | str):
             path: Path | None = Path(output)
@@ -136,7 +139,8 @@ async def run_batch_async(
         if begun is not None:
             begun(job.tally)
         writer: Writer = _Nowhere() if shard[1] > 1 else stack.enter_context(open_output(path, file, openai=is_openai))
-        return await job.run(_with(first, rows), writer)
+        rows = _chained(first, rows)
+        return await job.run(_all_openai(rows) if is_openai else rows, writer)
 
 
 def ledger_path(output: Path, shard: tuple[int, int] = (1, 1)) -> Path:
@@ -233,7 +237,7 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
                     f"merge: row {place + 1} is missing; answer shard {place % count + 1}/{count} to its end, or the "
                     "whole job without --shard, which asks what is missing"
                 )
-            is_openai = record.openai is not None
+            is_openai |= record.openai is not None
             tally.num_rows += 1
             tally.num_failed += record.completion is None
             tally.num_kept += record.completion is not None
@@ -290,11 +294,26 @@ class _Nowhere:
         pass
 
 
-async def _with(first: Row | BadRow | None, rest: AsyncIterator[Row | BadRow]) -> AsyncIterator[Row | BadRow]:
-    if first is not None:
-        yield first
-        async for row in rest:
-            yield row
+async def _first(rows: AsyncIterator[Row | BadRow]) -> list[Row | BadRow]:
+    """Return the first rows, up to the one whose form is told to be the file's."""
+    first: list[Row | BadRow] = []
+    async for row in rows:
+        first.append(row)
+        if isinstance(row, Row) or row.openai is not None or len(first) == _MOST_BAD:
+            break
+    return first
+
+
+async def _chained(first: list[Row | BadRow], rest: AsyncIterator[Row | BadRow]) -> AsyncIterator[Row | BadRow]:
+    for row in first:
+        yield row
+    async for row in rest:
+        yield row
+
+
+async def _all_openai(rows: AsyncIterator[Row | BadRow]) -> AsyncIterator[Row | BadRow]:
+    async for row in rows:
+        yield as_openai(row)
 
 
 __all__ = [

@@ -109,11 +109,11 @@ def encode_openai(record: Record) -> bytes:
     from raylm.serve.schema import ChatWire, CompletionWire, error_body
 
     form, completion = record.openai, record.completion
-    if form is None:
-        raise AssertionError("unreachable: the record is from an OpenAI batch file")
     answer_id = f"batch_req_{record.key[:24]}_{record.position}"
     line: dict[str, Any] = {"id": answer_id, "custom_id": str(record.id), "response": None, "error": None}
     if completion is not None:
+        if form is None:
+            raise AssertionError("unreachable: who answers a row of an OpenAI batch file knows its form")
         wire: ChatWire | CompletionWire
         answered_by = form.model or completion.receipt.model
         if form.kind == "chat":

@@ -70,7 +70,7 @@ class BadRow:
         place: Where it is, for people: file and line, or row, counted from 1.
         id: Its name in the output.
         error: What is wrong with it; the text names the line.
-        openai: How its error is written, where it is from an OpenAI batch file.
+        openai: As in `Row`; None also where so much is wrong that it cannot be told.
     """
 
     place: str
@@ -256,6 +256,14 @@ def parse_row(line: bytes | str, number: int, reading: Reading | None = None, so
     return _make_row(fields, number, reading or Reading(), place)
 
 
+def as_openai(row: Row | BadRow) -> Row | BadRow:
+    """Return a row of an OpenAI batch file: one of any other form is wrong there, for its answer would have no form."""
+    if isinstance(row, BadRow) or row.openai is not None:
+        return row
+    wrong = InvalidRequestError(f"a row of an OpenAI batch file has {', '.join(sorted(_OPENAI))}")
+    return BadRow(place=row.place, id=row.id, error=located(row.place, wrong))
+
+
 def located(place: str, error: InvalidRequestError) -> InvalidRequestError:
     """Return an error that says where its row is."""
     return type(error)(f"{place}: {error}")
@@ -265,8 +273,10 @@ def _make_row(fields: dict[str, Any], number: int, reading: Reading, place: str)
     if fields.keys() >= _OPENAI and not reading.chooses:
         return _openai_row(fields, number, place)
     row_id: str | int = number
+    if not reading.chooses and isinstance(custom_id := fields.get("custom_id"), str):
+        row_id = custom_id  # a row of OpenAI's that lacks something else
     try:
-        row_id = _id(fields.get(reading.columns.get("id", "id")), number)
+        row_id = _id(fields.get(reading.columns.get("id", "id")), row_id)
         found = reading.fields(fields)
         found.pop("id", None)
     except InvalidRequestError as error:
@@ -440,9 +450,9 @@ def _decode(line: bytes | str) -> dict[str, Any]:
     return fields
 
 
-def _id(given: object, number: int) -> str | int:
+def _id(given: object, default: str | int) -> str | int:
     if given is None:
-        return number
+        return default
     # bool is an int to isinstance, and JSON written by msgspec holds integers of 64 bits.
     if type(given) is str or (type(given) is int and -(1 << 63) <= given < 1 << 64):
         return given

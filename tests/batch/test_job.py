@@ -107,6 +107,50 @@ async def test_a_wrong_row_fails_alone(pipeline: AsyncLMDeployPipeline, tmp_path
     assert (tally.num_answered, tally.num_failed) == (1, 6)
 
 
+def openai_row(name: str, **changes: Any) -> dict[str, Any]:
+    """Return a row of an OpenAI batch file."""
+    body = {"model": "m", "messages": [{"role": "user", "content": name}], "max_tokens": 5, "temperature": 0}
+    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body, **changes}
+
+
+OPENAI_LINES = [
+    "{",
+    json.dumps({"custom_id": "no method", "url": "/v1/chat/completions", "body": {}}),
+    json.dumps(openai_row("a")),
+    json.dumps(row("of another form")),
+    json.dumps(openai_row("b")),
+]
+
+
+@pytest.mark.parametrize("begin", [0, 1, 2])
+async def test_a_damaged_line_of_openais_fails_alone(
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, begin: int
+) -> None:
+    """Wherever it is in the file, it goes to the errors; a row of another form does as well. So again in a rerun."""
+    lines = OPENAI_LINES[begin:]
+    (tmp_path / "in").write_text("\n".join(lines))
+    for _ in range(2):
+        tally = await run_batch_async(pipeline, tmp_path / "in", tmp_path / "out")
+        answers, errors = rows_in(tmp_path / "out"), rows_in(tmp_path / "out.errors")
+        assert [answer["custom_id"] for answer in answers] == ["a", "b"]
+        assert [error["custom_id"] for error in errors] == ["1", "no method", str(4 - begin)][begin:]
+        assert {error["response"]["status_code"] for error in errors} == {400}
+        told = [error["response"]["body"]["error"]["message"] for error in errors]
+        assert all(message.startswith("in line ") for message in told)
+        assert told[-1] == f"in line {4 - begin}: a row of an OpenAI batch file has body, custom_id, method, url"
+        assert tally.num_failed == 3 - begin
+
+
+async def test_a_damaged_line_of_openais_in_shards(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Merged parts have OpenAI's form, whichever rows are damaged."""
+    (tmp_path / "in").write_text("\n".join([*OPENAI_LINES, "{"]))
+    for number in (1, 2):
+        await run_batch_async(pipeline, tmp_path / "in", tmp_path / "out", shard=(number, 2))
+    assert merge_shards(tmp_path / "out", 6).num_failed == 4
+    assert [answer["custom_id"] for answer in rows_in(tmp_path / "out")] == ["a", "b"]
+    assert [error["custom_id"] for error in rows_in(tmp_path / "out.errors")] == ["1", "no method", "4", "6"]
+
+
 async def test_a_rows_parameter_wins_over_the_default(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
     """Defaults are for rows that do not say it themselves."""
     rows = [{"prompt": "a"}, {"prompt": "a", "seed": 1}]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raylm.config import BatchesConfig
 from raylm.errors import BatchStateError, InvalidRequestError, ObjectNotFoundError, OutputBusyError
 from raylm.serve.batches import checks
+from raylm.serve.batches.actor import BatchActor
 from raylm.serve.batches.checks import check_file
 from raylm.serve.batches.store import Store, Work
 from raylm.serve.batches.upload import Upload
@@ -183,9 +187,9 @@ def add_file(store: Store, name: str, content: bytes = b"abc", expires_at: int |
     )
 
 
-def add_batch(store: Store, name: str, file: str) -> Work:
+def add_batch(store: Store, name: str, file: str, **state: Any) -> Work:
     """Add a batch."""
-    batch = Batch(id=name, endpoint=CHAT, input_file_id=file, created_at=0, expires_at=9)
+    batch = Batch(**{"id": name, "endpoint": CHAT, "input_file_id": file, "created_at": 0, "expires_at": 9} | state)
     return store.add_batch(Work(batch=batch, models=["sim"], output_id=f"{name}-out", errors_id=f"{name}-err"))
 
 
@@ -290,3 +294,39 @@ def test_pages(store: Store) -> None:
     assert store.files("batch_output", None, 9, descending=True).data == []
     with pytest.raises(ObjectNotFoundError):
         store.files(None, "unknown", 9, descending=True)
+
+
+# The actor, as it is without Ray
+
+
+@asynccontextmanager
+async def at_work(folder: Path) -> AsyncIterator[BatchActor]:
+    """Have an actor own a folder, whose unfinished batches it goes on with."""
+    actor = BatchActor(BatchesConfig(folder=str(folder)).model_dump_json())
+    await actor.start()
+    try:
+        yield actor
+    finally:
+        await actor.close()
+
+
+async def outcome(actor: BatchActor, batch_id: str) -> dict[str, Any]:
+    """Return a batch once it has ended. The test's timeout is the limit."""
+    while True:
+        batch: dict[str, Any] = json.loads(await actor.retrieve(batch_id))
+        if batch["status"] in ("failed", "completed", "expired", "cancelled"):
+            return batch
+        await asyncio.sleep(0.01)
+
+
+async def test_cancelled_before_it_was_checked(tmp_path: Path) -> None:
+    """A file that is wrong is no reason why its batch could not be cancelled: each line is in the error file."""
+    store = Store(tmp_path)
+    add_file(store, "file-a", "\n".join(["{", line("a"), '{"prompt": "b"}']).encode())
+    add_batch(store, "batch-a", "file-a", status="cancelling")
+    store.close()
+    async with at_work(tmp_path) as actor:
+        batch = await outcome(actor, "batch-a")
+        failures = (await actor.read("batch-a-err", 0, 10_000)).splitlines()
+    assert (batch["status"], batch["request_counts"]) == ("cancelled", {"total": 3, "completed": 0, "failed": 3})
+    assert [json.loads(failure)["custom_id"] for failure in failures] == ["1", "a", "3"]

@@ -262,7 +262,7 @@ class BatchActor:
                 await asyncio.sleep(_RETRY_S)
             except Exception:  # noqa: BLE001 - whatever it is, the other batches go on
                 _log.exception("%s met an error of raylm itself", batch_id)
-                await self._refuse(running, [BatchError("internal_error", "the batch met an error of raylm itself")])
+                await self._fail(running)
                 await asyncio.sleep(_RETRY_S)
             finally:
                 running.tally = None
@@ -328,9 +328,18 @@ class BatchActor:
                 begun=begun,
             )
 
+    async def _fail(self, running: _Running) -> None:
+        """End a batch that has met an error of raylm itself. Where that cannot be saved, the batch goes on."""
+        try:
+            await self._refuse(running, [BatchError("internal_error", "the batch met an error of raylm itself")])
+        except BatchStoreError as error:
+            _log.warning("%s cannot be ended: %s", running.work.batch.id, error)
+
     async def _refuse(self, running: _Running, errors: Sequence[BatchError]) -> None:
+        """End a batch as failed, unless it is being cancelled, which needs nothing of what is wrong with it."""
         async with running.lock:
-            if running.work.batch.status != "cancelling":
+            # With an outcome it is that end itself which fails, and would for ever.
+            if running.work.batch.status != "cancelling" or running.work.outcome is not None:
                 await self._change(
                     running, status="failed", failed_at=int(time.time()), errors=BatchErrors(list(errors))
                 )
