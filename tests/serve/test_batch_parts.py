@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raylm.batch import Tally
 from raylm.config import BatchesConfig
 from raylm.errors import BatchStateError, InvalidRequestError, ObjectNotFoundError, OutputBusyError
 from raylm.serve.batches import checks
@@ -296,6 +298,22 @@ def test_pages(store: Store) -> None:
         store.files(None, "unknown", 9, descending=True)
 
 
+def test_a_job_whose_batch_has_ended(tmp_path: Path) -> None:
+    """What is left of a job, because its process died as it was deleting it, is deleted when the folder is opened."""
+    store = Store(tmp_path)
+    add_file(store, "file-a")
+    ended(store, add_batch(store, "batch-a", "file-a"))
+    add_batch(store, "batch-b", "file-a")
+    for name in ("batch-a", "batch-b"):
+        store.job_folder(name).mkdir()
+        (store.job_folder(name) / "output.jsonl.ledger").write_text("answers")
+    store.close()
+    store = Store(tmp_path)
+    assert not store.job_folder("batch-a").exists()
+    assert (store.job_folder("batch-b") / "output.jsonl.ledger").read_text() == "answers"
+    store.close()
+
+
 # The actor, as it is without Ray
 
 
@@ -330,3 +348,73 @@ async def test_cancelled_before_it_was_checked(tmp_path: Path) -> None:
         failures = (await actor.read("batch-a-err", 0, 10_000)).splitlines()
     assert (batch["status"], batch["request_counts"]) == ("cancelled", {"total": 3, "completed": 0, "failed": 3})
     assert [json.loads(failure)["custom_id"] for failure in failures] == ["1", "a", "3"]
+
+
+async def test_counts_that_are_saved_while_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose counts are to be saved just as its end is being saved has ended, on disk as well."""
+    store = Store(tmp_path)
+    add_file(store, "file-a", line("a").encode())
+    add_batch(store, "batch-a", "file-a", status="cancelling")
+    store.close()
+    collecting, go_on = threading.Event(), threading.Event()
+    collect = Store.collect
+
+    def slowly(*arguments: Any) -> Work:
+        collecting.set()
+        go_on.wait()
+        return collect(*arguments)
+
+    monkeypatch.setattr(Store, "collect", slowly)
+    async with at_work(tmp_path) as actor:
+        await asyncio.to_thread(collecting.wait)
+        running = actor._running["batch-a"]
+        running.tally = Tally(num_answered=1)
+        saving = asyncio.create_task(actor._save_counts(running))
+        await asyncio.sleep(0)  # it is under way
+        go_on.set()
+        await saving
+        assert (await outcome(actor, "batch-a"))["status"] == "cancelled"
+    store = Store(tmp_path)
+    assert store.unfinished() == []
+    store.close()
+
+
+async def test_an_error_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that raylm itself fails on ends as failed, also where the disk is full when that is to be written."""
+    store = Store(tmp_path)
+    add_file(store, "file-a", line("a").encode())
+    add_batch(store, "batch-a", "file-a", expires_at=int(time.time()) + 3600)
+    store.close()
+    saves = iter([OSError(28, "No space left on device")])
+    save = Store.save_batch
+
+    def save_or_fail(*arguments: Any) -> None:
+        if (error := next(saves, None)) is not None:
+            raise error
+        save(*arguments)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(Store, "save_batch", save_or_fail)
+    monkeypatch.setattr("raylm.serve.batches.actor.check_file", broken)
+    monkeypatch.setattr("raylm.serve.batches.actor._RETRY_S", 0.01)
+    async with at_work(tmp_path) as actor:
+        batch = await outcome(actor, "batch-a")
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "internal_error")
+
+
+async def test_a_broken_end_is_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that raylm itself fails on as it is being cancelled has failed, and is not tried again for ever."""
+    store = Store(tmp_path)
+    add_file(store, "file-a", line("a").encode())
+    add_batch(store, "batch-a", "file-a", status="cancelling")
+    store.close()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr("raylm.serve.batches.actor._write_rest", broken)
+    monkeypatch.setattr("raylm.serve.batches.actor._RETRY_S", 0.01)
+    async with at_work(tmp_path) as actor:
+        assert (await outcome(actor, "batch-a"))["status"] == "failed"

@@ -362,9 +362,8 @@ class BatchActor:
     async def _collect(self, running: _Running, outcome: Outcome) -> None:
         """Make files of what a batch's job has written, and end the batch."""
         store = await self._opened()
-        work, batch = running.work, running.work.batch
-        folder = store.job_folder(batch.id)
-        output = folder / _OUTPUT
+        batch = running.work.batch
+        output = store.job_folder(batch.id) / _OUTPUT
         counts = batch.request_counts
         if outcome != "completed":
             error: RaylmError = (
@@ -373,10 +372,13 @@ class BatchActor:
                 else BatchExpiredError("the batch expired before this row was answered")
             )
             counts = await self._in_thread(partial(_write_rest, store.path(batch.input_file_id), output, error))
-        now = int(time.time())
-        ended = msgspec.structs.replace(batch, status=outcome, request_counts=counts, **{f"{outcome}_at": now})
-        outputs = {work.output_id: output, work.errors_id: errors_path(output)}
-        running.work = await self._do(store.collect, msgspec.structs.replace(work, batch=ended), outputs)
+        async with running.lock:  # nobody saves an earlier state behind this one
+            work = running.work
+            ended = msgspec.structs.replace(
+                work.batch, status=outcome, request_counts=counts, **{f"{outcome}_at": int(time.time())}
+            )
+            outputs = {work.output_id: output, work.errors_id: errors_path(output)}
+            running.work = await self._do(store.collect, msgspec.structs.replace(work, batch=ended), outputs)
 
     async def _change(self, running: _Running, **fields: Any) -> None:
         """Change what clients see of a batch, on disk first. `running.lock` is held."""
@@ -420,9 +422,7 @@ class BatchActor:
             await asyncio.sleep(_TEND_S)
             try:
                 for running in tuple(self._running.values()):
-                    async with running.lock:
-                        if running.work.batch.request_counts != running.counts and not running.work.ended:
-                            await self._change(running, request_counts=running.counts)
+                    await self._save_counts(running)
                 if time.monotonic() - cleaned_at > _CLEAN_S:
                     cleaned_at = time.monotonic()
                     await self._do(store.clean)
@@ -430,6 +430,11 @@ class BatchActor:
                 _log.warning("the folder of files and batches cannot be written: %s", error)
         _log.warning("no gateway has called for %.0f s: batches stop until one does", LEASE_S)
         ray.actor.exit_actor()
+
+    async def _save_counts(self, running: _Running) -> None:
+        async with running.lock:
+            if running.work.batch.request_counts != running.counts and not running.work.ended:
+                await self._change(running, request_counts=running.counts)
 
     async def _do(self, call: Callable[..., T], *arguments: Any) -> T:
         """Have the store's own thread do something.

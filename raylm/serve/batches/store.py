@@ -102,6 +102,7 @@ class Store:
             ) from None
         self._database = sqlite3.connect(folder / "batches.db", check_same_thread=False, isolation_level=None)
         self._database.executescript(_SCHEMA)
+        self._clear_jobs()
 
     def close(self) -> None:
         """Let others have it."""
@@ -329,6 +330,13 @@ class Store:
         return work
 
     # Inside
+
+    def _clear_jobs(self) -> None:
+        """Delete what a batch has left that has ended, where its process died before it could."""
+        at_work = {work.batch.id for work in self.unfinished()}
+        for folder in self._jobs.iterdir():
+            if folder.name not in at_work:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _file(self, file_id: str) -> FileObject | None:
         row = self._row("file", file_id)
