@@ -179,6 +179,8 @@ class Generate:
         self._num_calls += 1
         try:
             async with self._joining:
+                if self._served is not None and not self._served.pool.can_work:
+                    await self._leave()  # the model has been ended; it may be served again
                 if self._served is None:
                     self._served = await AsyncServedModel(self._model).start()
                     # Ray Data bounds how many rows there are. Those beyond the queue's own limit wait outside of it.

@@ -266,6 +266,20 @@ async def test_a_worker_comes_back(cluster: str, monkeypatch: pytest.MonkeyPatch
             stage.__del__()
 
 
+async def test_a_model_that_is_served_again(cluster: str) -> None:
+    """A busy worker whose model is ended, and served again, answers with the new one."""
+    settings = config("twice", replicas=1, tokens_per_s=200)
+    stage = Generate("twice", prompt_column="prompt", max_new_tokens=2)
+    for _ in range(2):
+        with serving(settings):
+            table = await stage(pa.table({"prompt": ["x"]}))
+            assert table["error"].to_pylist() == [None]
+            served = stage._served
+        assert served is not None
+        await until(lambda served=served: not served.pool.can_work)  # type: ignore[misc]
+    stage.__del__()
+
+
 def test_serving_leaves_what_it_did_not_begin(model: str) -> None:
     """A model that is served already is used, and goes on after the block."""
     with serving(config("sim", capacity=8, tokens_per_s=50)) as name:

@@ -18,14 +18,14 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from raylm.batch.job import Job, Tally
-from raylm.batch.ledger import Ledger, Record, check_free, engine_key
+from raylm.batch.ledger import End, Ledger, Record, Run, check_free, engine_key
 from raylm.batch.outputs import Writer, errors_path, open_output, partial_path
 from raylm.batch.rows import BadRow, Reading, Row, as_openai, read_rows, rows_of
 from raylm.chatbot import AsyncChatbot, Chatbot
@@ -125,7 +125,7 @@ async def run_batch_async(
             path, file = None, output
             ledger = Ledger.open(Path(folder) / "ledger")
             stack.callback(ledger.close)
-        stack.enter_context(_noting_the_end(ledger))
+        ending = stack.enter_context(_noting_the_end(ledger))
         job = Job(
             chatbot,
             ledger,
@@ -140,7 +140,10 @@ async def run_batch_async(
             begun(job.tally)
         writer: Writer = _Nowhere() if shard[1] > 1 else stack.enter_context(open_output(path, file, openai=is_openai))
         rows = _chained(first, rows)
-        return await job.run(_all_openai(rows) if is_openai else rows, writer)
+        try:
+            return await job.run(_all_openai(rows) if is_openai else rows, writer)
+        finally:
+            ending.num_rows, ending.digest = job.num_rows, job.digest
 
 
 def ledger_path(output: Path, shard: tuple[int, int] = (1, 1)) -> Path:
@@ -202,14 +205,15 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
 
     Args:
         output: The output of the whole.
-        total: How many rows the input has, where that is known.
+        total: How many rows the input has, where that is known; else as many as the shards have read.
         overwrite: Forget what an earlier merging has made.
 
     Returns:
         How many rows there are, and how many of them failed.
 
     Raises:
-        InvalidRequestError: a shard, or a row of one, is missing.
+        InvalidRequestError: a shard, or a row of one, is missing; or one did not come to its end, or was answered for
+            another input, or with other parameters, than the others. The text names it.
         OutputBusyError: another process works on the job or on a shard.
     """
     shards = sorted(output.parent.glob(f"{glob.escape(output.name)}.shard-*-of-*.ledger"))
@@ -227,11 +231,16 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
         raise InvalidRequestError(f"merge: shard {text} of {output} is missing; answer it first (--shard)")
     tally = Tally()
     with open_ledger(output, overwrite=overwrite) as ledger:
+        ends: list[tuple[str, Run | None, End | None]] = []
         for number in range(1, count + 1):
             with open_ledger(output, (number, count)) as part:
-                ledger.absorb(part)
+                ledger.absorb(part)  # also one that is refused then: the whole job asks what is missing
+                ends.append((f"{number}/{count}", part.runs[-1] if part.runs else None, part.ended))
+        merged = [_ended_part(*one) for one in ends]
+        latest = max(merged, key=lambda part: part.run.started_at)
+        total = latest.end.num_rows if total is None else total
         is_openai = False
-        for place, record in enumerate(ledger.records()):
+        for place, record in enumerate(_first_records(ledger, total)):
             if record.position != place:
                 raise InvalidRequestError(
                     f"merge: row {place + 1} is missing; answer shard {place % count + 1}/{count} to its end, or the "
@@ -243,16 +252,51 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
             tally.num_kept += record.completion is not None
         tally.total = tally.num_rows if total is None else total
         if tally.num_rows != tally.total:
+            others = [part.name for part in merged if part.end.num_rows != tally.total]
+            others = others or [f"{tally.num_rows % count + 1}/{count}"]
             raise InvalidRequestError(
-                f"merge: the input has {tally.total} rows, and {tally.num_rows} were answered; answer every shard to "
-                "its end, or the whole job without --shard, which asks what is missing"
+                f"merge: the input has {tally.total} rows, and {tally.num_rows} were answered; answer shard "
+                f"{', '.join(others)} again (--shard), or the whole job without it, which asks what is missing"
+            )
+        if others := [part.name for part in merged if part.asked != latest.asked]:
+            raise InvalidRequestError(
+                f"merge: shard {', '.join(others)} was answered for another input, or with other parameters, than "
+                f"shard {latest.name}, the latest; answer it again (--shard), which asks what has changed"
             )
         with open_output(output, openai=is_openai) as writer:
-            records = ledger.records()
+            records = _first_records(ledger, total)
             while some := list(islice(records, 512)):
                 writer.write(some)
-        ledger.end()
+        ledger.end(num_rows=tally.total)
     return tally
+
+
+class _Part(NamedTuple):
+    """A shard that came to its end: its name, its last run, and how that ended."""
+
+    name: str
+    run: Run
+    end: End
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What is the same in all shards of a job."""
+        return self.run.job.get("defaults"), self.end.num_rows, self.end.digest
+
+
+def _ended_part(name: str, run: Run | None, end: End | None) -> _Part:
+    if run is None or end is None or end.why:
+        why = "its process was killed" if end is None else end.why
+        raise InvalidRequestError(
+            f"merge: shard {name} did not come to its end ({why}); answer it to its end (--shard), or the whole job "
+            "without --shard, which asks what is missing"
+        )
+    return _Part(name, run, end)
+
+
+def _first_records(ledger: Ledger, total: int | None) -> Iterator[Record]:
+    """Yield the records of the input's rows: an earlier and longer one may have left more."""
+    return takewhile(lambda record: total is None or record.position < total, ledger.records())
 
 
 def _noted(
@@ -269,19 +313,19 @@ def _noted(
 
 
 @contextmanager
-def _noting_the_end(ledger: Ledger) -> Iterator[None]:
+def _noting_the_end(ledger: Ledger) -> Iterator[End]:
     """Have the ledger say how the run ends that begins in the block. It is finished when its output is in its place."""
     num_before = len(ledger.runs)
-    why = "it was interrupted"
+    ending = End(at=0.0, why="it was interrupted")
     try:
-        yield
-        why = ""
+        yield ending
+        ending.why = ""
     except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
+        ending.why = f"{type(error).__name__}: {first_line(error)}"
         raise
     finally:
         if len(ledger.runs) > num_before:
-            ledger.end(why)
+            ledger.end(ending.why, ending.num_rows, ending.digest)
 
 
 class _Nowhere:

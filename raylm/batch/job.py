@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from raylm.batch.ledger import Ledger, Record, engine_key
+from raylm.batch.ledger import Entry, Ledger, Record, engine_key, label_of
 from raylm.batch.outputs import Writer
 from raylm.batch.rows import BadRow, Row, located
 from raylm.chatbot import AsyncChatbot
@@ -60,6 +60,10 @@ _EMIT_ROWS = 512
 
 _BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 60.0
+_MAX_DOUBLINGS = 10
+
+_REFUSED_S = 600.0
+"""A job ends when rows are refused and none was answered for so long."""
 
 _TICK_S = 0.25
 """How often stragglers are looked for."""
@@ -81,8 +85,8 @@ class Tally:
         num_rows: Rows that were read so far.
         total: Rows that there are; None where nobody has counted.
         num_kept: Rows whose answer an earlier run has left.
-        num_changed: Rows that an earlier run answered with other words or parameters, or by other engines. They are
-            asked again.
+        num_changed: Rows that are asked again, because an earlier run has answered other words or parameters there, or
+            had it from other engines.
         num_answered: Rows answered by this run, those with an equal row's answer included.
         num_shared: Those of them with an equal row's answer.
         num_failed: Rows that failed for good.
@@ -143,6 +147,7 @@ class _Item:
         "greedy",
         "hedged",
         "key",
+        "num_refused",
         "position",
         "request",
         "row",
@@ -161,6 +166,7 @@ class _Item:
         self.streams: list[Stream] = []  # at most two
         self.hedged = False
         self.tries = 0
+        self.num_refused = 0  # tries that nobody has worked on
         self.began_at = 0.0  # when it was first sent
         self.sent_at = 0.0  # when it was last sent
 
@@ -185,6 +191,8 @@ class Job:
 
     Attributes:
         tally: How far it is.
+        num_rows: Rows of the input, those of other shards included; None until it has been read to its end.
+        digest: Of that input, from where it has been read to its end. "" where it is no shard.
     """
 
     def __init__(
@@ -200,6 +208,8 @@ class Job:
         in_order: bool = False,
     ) -> None:
         self.tally = Tally(total=total)
+        self.num_rows: int | None = None
+        self.digest = ""
         self._chatbot = chatbot
         self._ledger = ledger
         self._config = config or BatchConfig()
@@ -223,6 +233,8 @@ class Job:
         self._primed = False
         self._pace: deque[float] = deque(maxlen=512)  # seconds a token, of the last rows
         self._most_sent = 1
+        self._answered_at = self._loop.time()
+        self._flushing: asyncio.Task[None] | None = None
         self._stopped: Exception | None = None
         self._changed = asyncio.Event()  # something happened that `run` or `_write` waits for
         self._room = asyncio.Event()
@@ -230,12 +242,17 @@ class Job:
     async def run(self, rows: AsyncIterable[Row | BadRow], output: Writer) -> Tally:
         """Answer the rows and write the output.
 
+        An earlier answer holds when it is from an engine that the pool knows as this begins. Where it knows none, as
+        with a served model that has no actors until there is work, answers of any engine hold.
+
         Args:
             rows: The input.
             output: Where results go, in the order of the input.
 
         Raises:
             TooManyFailuresError: more rows failed than `max_failures`; what was answered is in the ledger.
+            CapacityError: a server has refused rows for ten minutes, did not say when to come again, and no row was
+                answered meanwhile.
             NoActorError: no actor is left that could be started.
             InvalidRequestError: the input as a whole cannot be read.
             OSError: the disk is full, or fails.
@@ -256,6 +273,8 @@ class Job:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._flushing is not None:
+                await asyncio.wait({self._flushing})
             for timer in self._timers:
                 timer.cancel()
             items, self._items = self._items, {}
@@ -277,8 +296,11 @@ class Job:
     async def _read(self, rows: AsyncIterable[Row | BadRow]) -> None:
         number, count = self._shard
         index = 0
+        read = blake2b(digest_size=16)
         async for row in rows:
             index += 1
+            if count > 1:
+                read.update(repr((row.id, row.fields if isinstance(row, Row) else None, row.openai)).encode())
             if (index - 1) % count != number - 1:
                 continue
             position = index - 1
@@ -290,6 +312,8 @@ class Job:
                 self._room.clear()
                 await self._room.wait()
         self._read_all = True
+        self.num_rows = index
+        self.digest = read.hexdigest() if count > 1 else ""
         self.tally.total = self._num_places
         self._feed()
         self._check_end()
@@ -310,18 +334,15 @@ class Job:
             self._fail_at_once(position, row, located(row.place, error))
             return
         key = digest(request)
-        if (before := self._ledger.find(position)) is not None:
-            if before.answers(key, self._engines):
-                self._ledger.confirm(position)
-                self.tally.num_kept += 1
-                self._changed.set()
-                return
-            if before.answered:
-                self.tally.num_changed += 1
-            elif before.key == key and self._is_poison(position):
-                # It took two actors down. Begun again, the job leaves it where it is.
-                self._keep_failure(position)
-                return
+        before = self._ledger.find(position)
+        if before is not None and before.answers(key, self._engines):
+            self.tally.num_kept += 1
+            self._keep(position, row, before)
+            return
+        if before is not None and not before.answered and before.key == key and self._is_poison(position):
+            # It took two actors down. Begun again, the job leaves it where it is.
+            self._keep_failure(position, row, before)
+            return
         request.stream = False
         request.request_id = f"{self._name}-{position}"
         item = _Item(position, row, key, request)
@@ -333,6 +354,7 @@ class Job:
                 leader.followers.append((position, row))
                 return
             self._equals[key] = item
+        self.tally.num_changed += before is not None and before.answered
         self._items[position] = item
         self.tally.limit_left += request.config.max_new_tokens
         heapq.heappush(self._heap, item)
@@ -341,18 +363,27 @@ class Job:
         error = self._ledger.read(position).error
         return error is not None and error.type == PoisonRequestError.__name__
 
-    def _keep_failure(self, position: int) -> None:
-        """Leave a row as an earlier run has left it, failed."""
-        self._ledger.confirm(position)
-        self.tally.num_failed += 1
-        self._check_failures()
+    def _keep(self, position: int, row: Row | BadRow, before: Entry) -> None:
+        """Leave a row as an earlier run has left it, but for what it is called."""
+        if before.label == label_of(row):
+            self._ledger.confirm(position)
+        else:
+            record = self._ledger.read(position)
+            self._ledger.add(msgspec.structs.replace(record, id=row.id, openai=row.openai))
         self._changed.set()
 
+    def _keep_failure(self, position: int, row: Row | BadRow, before: Entry) -> None:
+        """Leave a row as an earlier run has left it, failed."""
+        self._keep(position, row, before)
+        self.tally.num_failed += 1
+        self._check_failures()
+
     def _fail_at_once(self, position: int, row: Row | BadRow, error: RaylmError) -> None:
-        if self._ledger.find(position) is not None:
-            before = self._ledger.read(position)
-            if before.error is not None and before.error.message == error.message:
-                self._keep_failure(position)
+        before = self._ledger.find(position)
+        if before is not None and not before.answered:
+            known = self._ledger.read(position).error
+            if known is not None and known.message == error.message:
+                self._keep_failure(position, row, before)
                 return
         self._add(
             Record(
@@ -468,7 +499,7 @@ class Job:
         for stream in streams:
             stream.abort()
         completion = answered.result()
-        now = self._loop.time()
+        now = self._answered_at = self._loop.time()
         if completion.usage.completion_tokens:
             self._pace.append((now - item.sent_at) / completion.usage.completion_tokens)
         record = Record(
@@ -498,7 +529,17 @@ class Job:
             self.tally.num_retries += 1
             if isinstance(error, CapacityError):
                 item.tries -= 1  # nobody has worked on it
-            delay_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**item.tries) * random.uniform(0.5, 1.5)  # noqa: S311
+                if self._is_refused(error):
+                    self._stop(
+                        type(error)(
+                            f"no row was answered for {_REFUSED_S / 60:g} minutes, and rows are refused: {error}; the "
+                            "same command goes on from there"
+                        )
+                    )
+                    return
+            doublings = min(item.tries + item.num_refused, _MAX_DOUBLINGS)
+            item.num_refused += isinstance(error, CapacityError)
+            delay_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**doublings) * random.uniform(0.5, 1.5)  # noqa: S311
             self._later(max(delay_s, error.retry_after_s or 0), partial(self._try_again, item))
             return
         failed = Record(
@@ -518,6 +559,13 @@ class Job:
             self._add(
                 msgspec.structs.replace(failed, position=position, id=row.id, same_as=item.position, openai=row.openai)
             )
+
+    def _is_refused(self, error: CapacityError) -> bool:
+        """Tell whether waiting has no point: nothing was answered for long, and nothing is being answered."""
+        if error.retry_after_s is not None or self._loop.time() - self._answered_at < _REFUSED_S:
+            return False
+        streams = (stream for item in self._items.values() for stream in item.streams)
+        return not any(stream.slot is not None and not stream.done for stream in streams)
 
     def _try_again(self, item: _Item) -> None:
         if item.position not in self._items:
@@ -643,9 +691,9 @@ class Job:
             self._changed.clear()
             ledger = self._ledger
             if ledger.num_pending:
-                block, end = ledger.take()
-                await asyncio.to_thread(ledger.write, block)
-                ledger.written(end)
+                # What was taken is written whoever is cancelled: only then may somebody else write.
+                self._flushing = self._loop.create_task(self._flush())
+                await asyncio.shield(self._flushing)
             while places := ledger.done_from(number - 1 + self._next_out * count, count, _EMIT_ROWS):
                 await asyncio.to_thread(self._emit, output, places)
                 self._next_out += len(places)
@@ -660,6 +708,11 @@ class Job:
             if not ledger.num_pending:
                 await self._changed.wait()
             await asyncio.sleep(_GROUP_S)
+
+    async def _flush(self) -> None:
+        block, end = self._ledger.take()
+        await asyncio.to_thread(self._ledger.write, block)
+        self._ledger.written(end)
 
     def _emit(self, output: Writer, places: list[tuple[int, int]]) -> None:
         output.write(self._ledger.read_at(places))

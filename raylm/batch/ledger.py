@@ -17,19 +17,21 @@ that memory does not grow with the job.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import socket
 import sqlite3
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import msgspec
 
-from raylm.batch.rows import OpenAIForm
+from raylm.batch.rows import BadRow, OpenAIForm, Row
 from raylm.errors import ErrorMessage, OutputBusyError
 from raylm.messages import Completion, EngineInfo, Receipt
 
@@ -63,10 +65,14 @@ class End(msgspec.Struct, kw_only=True):
     Attributes:
         at: When, in seconds since 1970.
         why: Why the job is not finished; "" when it is.
+        num_rows: Rows of the input, those of other shards included; None where it was not read to its end.
+        digest: Of that input, where it was a shard's; "" where it was not.
     """
 
     at: float
     why: str
+    num_rows: int | None = None
+    digest: str = ""
 
 
 class Entry(NamedTuple):
@@ -76,15 +82,17 @@ class Entry(NamedTuple):
         key: As in the record.
         answered: It has an answer, and not an error.
         engine: Who gave the answer (see `engine_key`); "" where there is none.
+        label: Of its id and form (see `label_of`).
     """
 
     key: str
     answered: bool
     engine: str
+    label: bytes
 
     def answers(self, key: str, engines: set[str]) -> bool:
-        """Tell whether it is the answer to that key, from one of these engines."""
-        return self.answered and self.key == key and self.engine in engines
+        """Tell whether it is the answer to that key, from one of these engines; from any where none is known."""
+        return self.answered and self.key == key and (not engines or self.engine in engines)
 
 
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -153,8 +161,8 @@ class Ledger:
         self._index.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
-            CREATE TABLE place (position INTEGER PRIMARY KEY, key TEXT, state INT, engine TEXT, offset INT, size INT,
-                                run INT);
+            CREATE TABLE place (position INTEGER PRIMARY KEY, key TEXT, state INT, engine TEXT, label BLOB, offset INT,
+                                size INT, run INT);
             CREATE TABLE answer (key TEXT, engine TEXT, offset INT, size INT, PRIMARY KEY (key, engine)) WITHOUT ROWID;
             BEGIN;
             """
@@ -219,13 +227,9 @@ class Ledger:
         self._push(_encode({"run": run}))
         self.sync()
 
-    def end(self, why: str = "") -> None:
-        """Note that this process works on the job no more.
-
-        Args:
-            why: Why the job is not finished; "" when it is.
-        """
-        self.ended = End(at=time.time(), why=why)
+    def end(self, why: str = "", num_rows: int | None = None, digest: str = "") -> None:
+        """Note that this process works on the job no more. Arguments are as in `End`."""
+        self.ended = End(at=time.time(), why=why, num_rows=num_rows, digest=digest)
         self._push(_encode({"end": self.ended}))
         self.sync()
 
@@ -233,11 +237,19 @@ class Ledger:
 
     def find(self, position: int) -> Entry | None:
         """Return what is known of a position, without reading its record; None: nothing."""
-        found = self._index.execute("SELECT key, state, engine FROM place WHERE position = ?", (position,)).fetchone()
-        return None if found is None else Entry(found[0], found[1] == ANSWERED, found[2])
+        found = self._index.execute(
+            "SELECT key, state, engine, label FROM place WHERE position = ?", (position,)
+        ).fetchone()
+        return None if found is None else Entry(found[0], found[1] == ANSWERED, *found[2:])
 
     def equal(self, key: str, engines: set[str]) -> Record | None:
-        """Return the record of a greedy row with the answer to that key, whatever its position has now."""
+        """Return the record of a greedy row with the answer to that key, whatever its position has now.
+
+        It is from one of these engines; from any where none is known.
+        """
+        if not engines:
+            place = self._index.execute("SELECT offset, size FROM answer WHERE key = ? LIMIT 1", (key,)).fetchone()
+            return None if place is None else self._read(*place)
         for engine in engines:
             place = self._index.execute(
                 "SELECT offset, size FROM answer WHERE key = ? AND engine = ?", (key, engine)
@@ -278,6 +290,20 @@ class Ledger:
         """Yield the last record of every position, in the order of positions."""
         places = self._index.execute("SELECT offset, size FROM place ORDER BY position")
         for offset, size in places:
+            yield self._read(offset, size)
+
+    def answers(self) -> Iterator[Record]:
+        """Yield the record of every answer, in the order of positions: of equal ones, the first.
+
+        Positions beyond the input that the last run has read to its end are passed over.
+        """
+        most = math.inf if self.ended is None or self.ended.num_rows is None else self.ended.num_rows
+        places = self._index.execute(
+            "SELECT MIN(position) AS first, offset, size FROM place WHERE state = ? AND position < ? GROUP BY key "
+            "ORDER BY first",
+            (ANSWERED, most),
+        )
+        for _, offset, size in places:
             yield self._read(offset, size)
 
     @property
@@ -373,8 +399,8 @@ class Ledger:
         state = FAILED if record.completion is None else ANSWERED
         self._num_records += 1
         self._index.execute(
-            "INSERT OR REPLACE INTO place VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (record.position, record.key, state, engine, offset, size, self._run),
+            "INSERT OR REPLACE INTO place VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (record.position, record.key, state, engine, label_of(record), offset, size, self._run),
         )
         if state == ANSWERED and record.greedy and record.same_as is None:
             self._index.execute("INSERT OR REPLACE INTO answer VALUES (?, ?, ?, ?)", (record.key, engine, offset, size))
@@ -390,6 +416,11 @@ class Ledger:
 def engine_key(engine: EngineInfo | Receipt) -> str:
     """Return what tells one engine's answers from another's: its kind and version, the model, and its weights."""
     return f"{engine.engine}/{engine.engine_version}/{engine.model}/{engine.fingerprint}"
+
+
+def label_of(row: Record | Row | BadRow) -> bytes:
+    """Return a digest of what is written with an answer that is not asked for: the row's id, and OpenAI's form."""
+    return blake2b(_encode((row.id, row.openai)), digest_size=8).digest()
 
 
 def checked(line: bytes) -> bytes | None:

@@ -23,10 +23,11 @@ import itertools
 import os
 import string
 import sys
+import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO
+from typing import Any, AnyStr, BinaryIO, Literal
 
 import msgspec
 from pydantic import ValidationError
@@ -208,7 +209,12 @@ async def rows_of(objects: Iterable[Mapping[str, Any]], reading: Reading | None 
 
 
 def count_rows(source: Path, reading: Reading) -> int:
-    """Return how many rows a file has. It is read to its end, which takes a second for each gigabyte or so."""
+    """Return how many rows a file has. It is read to its end, which takes a second for each gigabyte or so.
+
+    Raises:
+        InvalidRequestError: it is damaged.
+        OSError: it cannot be read.
+    """
     kind = format_of(source.name, reading.format)
     if kind == "parquet":
         return int(_parquet(source).metadata.num_rows)
@@ -216,8 +222,8 @@ def count_rows(source: Path, reading: Reading) -> int:
         if kind == "csv":
             csv.field_size_limit(sys.maxsize)
             with io.TextIOWrapper(file, errors="replace", newline="") as text:
-                return max(0, sum(1 for row in csv.reader(text) if row) - 1)
-        return sum(1 for line in file if line.strip())
+                return max(0, sum(1 for row in csv.reader(_lines(text, source)) if row) - 1)
+        return sum(1 for line in _lines(file, source) if line.strip())
 
 
 def read_file(source: Path, reading: Reading) -> Iterator[Row | BadRow]:
@@ -226,17 +232,14 @@ def read_file(source: Path, reading: Reading) -> Iterator[Row | BadRow]:
     if kind == "parquet":
         yield from _read_parquet(source, reading)
         return
-    try:
-        with _open(source) as file:
-            if kind == "csv":
-                with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-                    yield from _read_csv(text, reading, source.name)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield parse_row(_unmarked(line, number), number, reading, source.name)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise InvalidRequestError(f"{source} is damaged or was cut off: {error}") from None
+    with _open(source) as file:
+        if kind == "csv":
+            with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+                yield from _read_csv(_lines(text, source), reading, source.name)
+            return
+        for number, line in enumerate(_lines(file, source), 1):
+            if line.strip():
+                yield parse_row(_unmarked(line, number), number, reading, source.name)
 
 
 def parse_row(line: bytes | str, number: int, reading: Reading | None = None, source: str = "") -> Row | BadRow:
@@ -352,12 +355,27 @@ def _open(source: Path) -> BinaryIO:
     return gzip.open(source, "rb") if source.name.endswith(".gz") else source.open("rb")  # type: ignore[return-value]
 
 
+def _lines(file: Iterable[AnyStr], source: Path) -> Iterator[AnyStr]:
+    """Yield the lines of a file that may be gzipped.
+
+    Raises:
+        InvalidRequestError: what was gzipped cannot be read.
+    """
+    number = 0
+    try:
+        for line in file:
+            number += 1
+            yield line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InvalidRequestError(f"{source} is damaged or was cut off after line {number}: {error}") from None
+
+
 def _unmarked(line: bytes, number: int) -> bytes:
     """Take off the mark with which Windows begins UTF-8."""
     return line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
-def _read_csv(file: TextIO, reading: Reading, source: str) -> Iterator[Row | BadRow]:
+def _read_csv(file: Iterable[str], reading: Reading, source: str) -> Iterator[Row | BadRow]:
     csv.field_size_limit(sys.maxsize)
     lines = csv.reader(file, strict=True)
     try:

@@ -66,7 +66,7 @@ class Verification(msgspec.Struct, kw_only=True):
 
     Attributes:
         output: Name of the output.
-        sampled: Rows that were chosen, at random among all greedy ones that were asked.
+        sampled: Rows that were chosen, at random among all greedy ones that differ.
         equal: Those with the same text again.
         drifted: Those with another one.
         changed: Those whose input is not what was asked.
@@ -86,7 +86,7 @@ class Verification(msgspec.Struct, kw_only=True):
 
 
 class Sample:
-    """Greedy rows of a job, chosen at random. Reads the whole ledger, and keeps the sample alone.
+    """Greedy rows of a job, chosen at random, one of those that are equal. Reads the whole ledger, keeps the sample.
 
     Args:
         ledger: The ledger's file.
@@ -114,8 +114,8 @@ class Sample:
             chosen = random.Random(seed)  # noqa: S311
             records: list[Record] = []
             num_seen = 0
-            for record in opened.records():
-                if record.completion is None or not record.greedy or record.same_as is not None:
+            for record in opened.answers():
+                if not record.greedy:
                     continue
                 num_seen += 1
                 if len(records) < size:

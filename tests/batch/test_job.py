@@ -2,19 +2,22 @@
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from raylm import AsyncChatbot, AsyncLMDeployPipeline, Fault, SimulatedConfig
+from raylm import AsyncChatbot, AsyncLMDeployClient, AsyncLMDeployPipeline, AsyncServedModel, Fault, SimulatedConfig
+from raylm.actors.manager_actor import end, serve
 from raylm.batch import (
     BadRow,
     BatchConfig,
     Job,
+    Ledger,
     Reading,
     Row,
     Tally,
@@ -25,8 +28,10 @@ from raylm.batch import (
 )
 from raylm.batch.job import digest
 from raylm.batch.ledger import Record
+from raylm.config import AutoscalingConfig, EngineGroup, ModelConfig
 from raylm.engines.simulated import greedy_text
-from raylm.errors import InvalidRequestError, TooManyFailuresError
+from raylm.errors import InvalidRequestError, PoolSaturatedError, TooManyFailuresError
+from tests.engines.http_server import Toy, answer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -186,6 +191,131 @@ async def test_what_changed_is_asked_again(pipeline: AsyncLMDeployPipeline, tmp_
     assert (tally.num_kept, tally.num_changed, tally.num_answered) == (0, 11, 11)
 
 
+async def test_a_row_that_got_another_name(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """Ids may change, and so may the form of OpenAI's answer: nothing is asked for that, and the output has the new."""
+    rows = [row("a", id="x"), row("", id="y"), row("c", id="z")]
+    await run_batch_async(pipeline, rows, tmp_path / "out")
+    before = num_tokens(pipeline)
+    for number, one in enumerate(rows):
+        one["id"] = number
+    for _ in range(2):
+        tally = await run_batch_async(pipeline, rows, tmp_path / "out")
+        assert (tally.num_kept, tally.num_failed, tally.num_changed, num_tokens(pipeline)) == (2, 1, 0, before)
+        assert [one["id"] for one in rows_in(tmp_path / "out")] == [0, 1, 2]
+    (one,) = [openai_row("a")]
+    await run_batch_async(pipeline, [one], tmp_path / "openai")
+    one["custom_id"], one["body"]["model"] = "b", "renamed"
+    assert (await run_batch_async(pipeline, [one], tmp_path / "openai")).num_kept == 1
+    (answer,) = rows_in(tmp_path / "openai")
+    assert (answer["custom_id"], answer["response"]["body"]["model"]) == ("b", "renamed")
+
+
+async def test_rows_that_moved_have_not_changed(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """What is counted as changed is asked again; an answer that is found at another place is not."""
+    rows = [row(f"row {number}") for number in range(6)]
+    await run_batch_async(pipeline, rows, tmp_path / "out")
+    tally = await run_batch_async(pipeline, rows[1:], tmp_path / "out")
+    assert (tally.num_kept, tally.num_changed, tally.num_answered, tally.num_shared) == (0, 0, 5, 5)
+
+
+async def test_answers_hold_while_no_engine_is_known(cluster: str, tmp_path: Path) -> None:
+    """On a served model that has no actors until there is work, a job that is begun again asks nothing."""
+    scaling = AutoscalingConfig(min_replicas=0, max_replicas=1, upscale_delay_s=0, downscale_delay_s=0)
+    config = ModelConfig(name="zero", engines=(EngineGroup(engine=ENGINE, autoscaling=scaling),))
+    rows = [row("a", temperature=0), row("b", temperature=0), row("c", temperature=1)]
+    await serve(config)
+    try:
+        async with AsyncServedModel("zero") as model:
+            assert (await run_batch_async(model, rows, tmp_path / "out")).num_answered == 3
+            await until(lambda: not model.pool.slots)
+        async with AsyncServedModel("zero") as model:
+            assert model.pool.engines() == []
+            tally = await run_batch_async(model, [rows[1], rows[0], rows[2]], tmp_path / "out")
+            assert (tally.num_kept, tally.num_shared, tally.num_tokens) == (1, 2, 0)
+            assert not model.pool.slots
+    finally:
+        await end("zero")
+
+
+@pytest.fixture
+def full_server() -> Iterator[Toy]:
+    """A server that is full, and does not say for how long."""
+    server = Toy()
+    server.script = [answer(429, {"message": "come back another day"})] * 10_000
+    with server.in_thread():
+        yield server
+
+
+async def test_a_server_that_refuses_for_ever(
+    cluster: str, tmp_path: Path, full_server: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose rows are refused all the time ends with the server's words, and goes on when it is begun again."""
+    monkeypatch.setattr("raylm.batch.job._REFUSED_S", 0.5)
+    monkeypatch.setattr("raylm.batch.job._BACKOFF_S", 0.05)
+    rows = [row("a"), row("b")]
+    tally: list[Tally] = []
+    async with AsyncLMDeployClient(full_server.url, temperature=0) as client:
+        with pytest.raises(PoolSaturatedError, match=r"no row was answered for .*come back another day.* goes on"):
+            await run_batch_async(client, rows, tmp_path / "out", begun=tally.append)
+        assert tally[0].num_failed == 0
+        full_server.script = full_server.script[:6]
+        again = await run_batch_async(client, rows, tmp_path / "out")
+    assert (again.num_answered, again.num_failed) == (2, 0)
+
+
+async def test_pauses_after_refusals_grow(
+    cluster: str, tmp_path: Path, full_server: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that a server refuses is sent again after pauses that become longer."""
+    monkeypatch.setattr("raylm.batch.job._BACKOFF_S", 0.001)
+    pauses: list[float] = []
+
+    def at_once(self: Job, delay_s: float, call: Callable[[], None]) -> None:
+        pauses.append(delay_s)
+        self._loop.call_soon(self._guard, call)
+
+    monkeypatch.setattr(Job, "_later", at_once)
+    async with AsyncLMDeployClient(full_server.url, temperature=0) as client:
+        running = asyncio.ensure_future(run_batch_async(client, [row("a")], tmp_path / "out"))
+        await until(lambda: len(pauses) > 8)
+        full_server.script.clear()
+        await running
+    assert all(0.0005 * 2**number <= pause <= 0.0015 * 2**number for number, pause in enumerate(pauses[:9]))
+
+
+async def test_an_interrupt_waits_for_what_is_being_written(
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is cancelled while its answers are on their way to the disk ends when they are there."""
+    writing, go_on = threading.Event(), threading.Event()
+    write = Ledger.write
+
+    def slowly(ledger: Ledger, block: bytes) -> None:
+        if b'"completion"' in block:
+            writing.set()
+            go_on.wait()
+        write(ledger, block)
+
+    async def one() -> AsyncIterator[Row]:
+        yield Row(place="", id=1, fields=row("a"))
+
+    with open_ledger(tmp_path / "out") as ledger:
+        monkeypatch.setattr(Ledger, "write", slowly)
+        running = asyncio.ensure_future(Job(pipeline, ledger).run(one(), Collected()))
+        await asyncio.to_thread(writing.wait)
+        running.cancel()
+        for _ in range(100):  # more than a job takes that waits for nothing
+            await asyncio.sleep(0)
+        ended_before = running.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert not ended_before
+        monkeypatch.undo()
+    with open_ledger(tmp_path / "out") as ledger:
+        assert ledger.find(0) is not None
+
+
 @pytest.mark.parametrize("share_equal", [True, False])
 async def test_equal_rows_are_asked_once(pipeline: AsyncLMDeployPipeline, tmp_path: Path, share_equal: bool) -> None:
     """Equal greedy rows are asked once unless that is switched off; sampled ones always each."""
@@ -263,7 +393,8 @@ async def test_shards_make_one_output(pipeline: AsyncLMDeployPipeline, tmp_path:
         merge_shards(out, 11)
     await run_batch_async(pipeline, rows, out, shard=(2, 3))
     assert not out.exists()
-    with pytest.raises(InvalidRequestError, match="the input has 12 rows, and 11 were answered"):
+    again = "the input has 12 rows, and 11 were answered; answer shard 1/3, 2/3, 3/3 again"
+    with pytest.raises(InvalidRequestError, match=again):
         merge_shards(out, 12, overwrite=True)
     tally = merge_shards(out, 11, overwrite=True)
     assert (tally.num_rows, tally.num_failed) == (11, 0)
@@ -277,10 +408,54 @@ async def test_a_shard_that_was_cut_off_is_not_merged(pipeline: AsyncLMDeployPip
     rows = [row(f"row {number}") for number in range(6)]
     await run_batch_async(pipeline, rows, tmp_path / "out", shard=(1, 2))
     await run_batch_async(pipeline, rows[:4], tmp_path / "out", shard=(2, 2))
-    with pytest.raises(InvalidRequestError, match="the input has 6 rows, and 5 were answered"):
+    with pytest.raises(InvalidRequestError, match="the input has 6 rows, and 5 were answered; answer shard 2/2 again"):
         merge_shards(tmp_path / "out", 6)
     tally = await run_batch_async(pipeline, rows, tmp_path / "out")
     assert (tally.num_kept, tally.num_answered) == (5, 1)
+
+
+async def test_a_shard_of_another_input_is_not_merged(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A shard that was answered before a row changed, or with other parameters, is named; answered again it fits."""
+    rows, out = [row(f"row {number}") for number in range(6)], tmp_path / "out"
+    for number in (1, 2):
+        await run_batch_async(pipeline, rows, out, shard=(number, 2))
+    rows[1] = row("another")
+    await run_batch_async(pipeline, rows, out, shard=(2, 2))
+    with pytest.raises(InvalidRequestError, match=r"shard 1/2 was answered for another input.* than shard 2/2"):
+        merge_shards(out, 6)
+    assert not out.exists()
+    assert (await run_batch_async(pipeline, rows, out, shard=(1, 2))).num_kept == 3
+    merge_shards(out, 6)
+    assert [one["text"] for one in rows_in(out)] == [greedy_text(one["prompt"], 5) for one in rows]
+    await run_batch_async(pipeline, rows, out, shard=(1, 2), repetition_penalty=1.1)
+    with pytest.raises(InvalidRequestError, match="shard 2/2 was answered for another input, or with other parameters"):
+        merge_shards(out, 6)
+
+
+async def test_a_shard_that_ended_early_is_not_merged(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A shard whose last run has not come to its end is named, though it has a record of every row from before."""
+    rows, out = [row("a"), row("b"), row("c"), row("d")], tmp_path / "out"
+    for number in (1, 2):
+        await run_batch_async(pipeline, rows, out, shard=(number, 2))
+    rows[2] = row("FAIL")
+    config = BatchConfig(retries=0, max_failures=0)
+    with pytest.raises(TooManyFailuresError):
+        await run_batch_async(pipeline, rows, out, shard=(1, 2), config=config)
+    with pytest.raises(InvalidRequestError, match=r"shard 1/2 did not come to its end .TooManyFailuresError"):
+        merge_shards(out, 4)
+
+
+@pytest.mark.parametrize("total", [4, None])
+async def test_shards_of_an_input_that_became_shorter(
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, total: int | None
+) -> None:
+    """What shards know of rows that are no more there is passed over."""
+    rows, out = [row(f"row {number}") for number in range(7)], tmp_path / "out"
+    for most in (7, 4):
+        for number in (1, 2):
+            await run_batch_async(pipeline, rows[:most], out, shard=(number, 2))
+    assert merge_shards(out, total).num_rows == 4
+    assert [one["text"] for one in rows_in(out)] == [greedy_text(one["prompt"], 5) for one in rows[:4]]
 
 
 async def test_an_output_of_somebody_else_is_kept(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:

@@ -204,6 +204,28 @@ def test_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
         list(read_file(path, Reading()))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize("damage", ["end", "middle", "checksum", "not gzip"])
+def test_a_damaged_archive(tmp_path: Path, name: str, damage: str) -> None:
+    """What is gzipped and was cut off or changed is an error that names file and line, in counting as in reading."""
+    lines = [json.dumps({"prompt": f"{number * 7919 % 1000}"}) for number in range(50_000)]
+    content = bytearray(gzip.compress("\n".join(["prompt"] * name.startswith("a.csv") + lines).encode(), mtime=0))
+    if damage == "end":
+        del content[-100:]
+    elif damage == "middle":
+        content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
+    elif damage == "checksum":
+        content[-8] ^= 1
+    else:
+        content[:2] = b"no"
+    path = tmp_path / name
+    path.write_bytes(content)
+    reading = Reading(prompt="{prompt}")
+    for read in (lambda: list(read_file(path, reading)), lambda: count_rows(path, reading)):
+        with pytest.raises(InvalidRequestError, match=rf"{name} is damaged or was cut off after line \d+: "):
+            read()
+
+
 def line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
     """Return a row of an OpenAI batch file."""
     return {"custom_id": "c", "method": "POST", "url": url, "body": body}

@@ -157,6 +157,17 @@ async def test_the_sample_is_of_greedy_rows_that_were_asked(pipeline: AsyncLMDep
     assert seen == set(every)
 
 
+async def test_rows_that_moved_are_sampled(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A row at the top that was removed makes copies of all answers: each is sampled once, and none beyond the end."""
+    write_rows(tmp_path / "in", "a", "b", "c", "b", "d")
+    await run_batch_async(pipeline, tmp_path / "in", tmp_path / "out")
+    write_rows(tmp_path / "in", "b", "c", "b", "d")
+    await run_batch_async(pipeline, tmp_path / "in", tmp_path / "out")
+    assert list(Sample(ledger_path(tmp_path / "out"), 20).records) == [0, 1, 3]
+    found = await verified(pipeline, tmp_path / "out")
+    assert (found.sampled, found.equal, found.changed) == (3, 3, [])
+
+
 @pytest.mark.parametrize("kind", ["program", "moved", "sampled"])
 async def test_what_cannot_be_verified(pipeline: AsyncLMDeployPipeline, tmp_path: Path, kind: str) -> None:
     """Rows of a program, a source that is gone, and a job without a greedy row are errors that say so."""
