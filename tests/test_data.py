@@ -266,8 +266,9 @@ async def test_a_worker_comes_back(cluster: str, monkeypatch: pytest.MonkeyPatch
             stage.__del__()
 
 
-async def test_a_model_that_is_served_again(cluster: str) -> None:
+async def test_a_model_that_is_served_again(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy worker whose model is ended, and served again, answers with the new one."""
+    monkeypatch.setattr("raylm.data._IDLE_S", 3600.0)  # so busy that it never leaves
     settings = config("twice", replicas=1, tokens_per_s=200)
     stage = Generate("twice", prompt_column="prompt", max_new_tokens=2)
     for _ in range(2):

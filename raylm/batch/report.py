@@ -192,7 +192,7 @@ class Report(msgspec.Struct, kw_only=True):
         retried: Rows that the job sent more than once.
         moved: Answers that took more than one actor.
         hedged: Rows that were sent to a second slot because the first was slow.
-        replaced: Records of rows that were asked again later.
+        replaced: Records of rows that have a later one: they were asked again, or got another id.
         torn: Lines of the ledger that cannot be read.
         simulated: Answers of the simulated engine, which is a clock and no model.
         engines: Who has answered, the one with the most rows first.
@@ -722,7 +722,7 @@ def aside(report: Report) -> list[str]:
         "retried": report.retried,
         "moved to another actor": report.moved,
         "sent to two": report.hedged,
-        "asked anew later": report.replaced,
+        "with a later record": report.replaced,
         "torn lines": report.torn,
     }
     return [f"{count:,} {what}" for what, count in counts.items() if count]
