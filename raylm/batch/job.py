@@ -63,7 +63,7 @@ _MAX_BACKOFF_S = 60.0
 _MAX_DOUBLINGS = 10
 
 _REFUSED_S = 600.0
-"""A job ends when rows are refused and none was answered for so long."""
+"""A job ends when rows have been refused for so long, and none was answered meanwhile."""
 
 _TICK_S = 0.25
 """How often stragglers are looked for."""
@@ -233,7 +233,7 @@ class Job:
         self._primed = False
         self._pace: deque[float] = deque(maxlen=512)  # seconds a token, of the last rows
         self._most_sent = 1
-        self._answered_at = self._loop.time()
+        self._refused_at: float | None = None  # when a row was refused, with none answered since
         self._flushing: asyncio.Task[None] | None = None
         self._stopped: Exception | None = None
         self._changed = asyncio.Event()  # something happened that `run` or `_write` waits for
@@ -499,7 +499,8 @@ class Job:
         for stream in streams:
             stream.abort()
         completion = answered.result()
-        now = self._answered_at = self._loop.time()
+        self._refused_at = None
+        now = self._loop.time()
         if completion.usage.completion_tokens:
             self._pace.append((now - item.sent_at) / completion.usage.completion_tokens)
         record = Record(
@@ -562,7 +563,12 @@ class Job:
 
     def _is_refused(self, error: CapacityError) -> bool:
         """Tell whether waiting has no point: nothing was answered for long, and nothing is being answered."""
-        if error.retry_after_s is not None or self._loop.time() - self._answered_at < _REFUSED_S:
+        if error.retry_after_s is not None:
+            return False  # the server knows when there will be room
+        now = self._loop.time()
+        if self._refused_at is None:
+            self._refused_at = now
+        if now - self._refused_at < _REFUSED_S:
             return False
         streams = (stream for item in self._items.values() for stream in item.streams)
         return not any(stream.slot is not None and not stream.done for stream in streams)
