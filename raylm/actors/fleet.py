@@ -401,13 +401,15 @@ class Fleet:
         """Do what brings the actors closer to those that are wanted."""
         await self._look_for_room()
         loads, wanted = self._loads(), self._wanted()
+        # What has just ended may be what others wait for, though it still seems to hold its room.
+        may_make_room = time.monotonic() - self._freed_at >= _PATIENCE_S
         members = [
             Member(
                 slot.number,
                 slot.engine,
                 self._phase(slot, wanted),
                 loads.get(slot.number, 0),
-                slot.may_fit,
+                slot.may_fit and may_make_room,
                 slot.room_made,
             )
             for slot in self.slots.values()
@@ -429,8 +431,8 @@ class Fleet:
                 for number in numbers:
                     if number in self._manager.actors:
                         slot = Slot(number, self._record.engines[number], self._manager.actors[number])
-                        if number not in have_room:  # unless what has just ended still seems to hold it
-                            slot.patient_until = self._freed_at + _PATIENCE_S
+                        if number not in have_room:
+                            slot.patient_until = 0
                         self._watch_over(slot)
                     else:
                         self._record.forget(number)
@@ -529,7 +531,7 @@ class Fleet:
         num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
         while True:
             try:
-                info = slot.info = await self._description(slot)
+                info = await self._description(slot)
             except ray.exceptions.ActorDiedError as error:
                 if slot.info is None:
                     await self._give_up(slot, f"its actor is gone: {first_line(error)}")
@@ -556,8 +558,9 @@ class Fleet:
                 await asyncio.sleep(0.2)
                 continue
             num_restarts = await asyncio.to_thread(_num_restarts, slot.actor)
-            if slot.phase == "waiting":
+            if slot.info is None:
                 self._has_room(slot)
+            slot.info = info
             slot.phase, slot.detail, slot.room_made = "up", "", False
             self._changed.set()
             if not await self._is_well(slot) and await in_charge():
