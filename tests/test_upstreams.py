@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -139,20 +140,29 @@ async def test_a_mixed_pool_survives_each_member(start_pool: StartPool) -> None:
         )
         pool = running.pool
         rows: dict[int, Completion] = {}
+
+        async def lose_simulated() -> None:
+            os.kill(running.pid(0), signal.SIGKILL)
+
+        async def lose_triton() -> None:
+            await site.enter_async_context(server.running(port=int(server.url.rpartition(":")[2])))
+            os.kill(triton.pid, signal.SIGKILL)
+
+        # Each at a number of rows, and once the member has answered one: they are not equally quick.
+        losses = deque([(20, "simulated", lose_simulated), (50, "http", site.aclose), (80, "triton", lose_triton)])
+        answered = set()
         async for row, result in pool.as_completed([ask(f"row {row}", 20, ignore_eos=True) for row in range(120)]):
             assert isinstance(result, Completion), result
             assert row not in rows
             rows[row] = result
-            if len(rows) == 20:
-                os.kill(running.pid(0), signal.SIGKILL)
-            elif len(rows) == 50:
-                await site.aclose()
-            elif len(rows) == 80:
-                await site.enter_async_context(server.running(port=int(server.url.rpartition(":")[2])))
-                os.kill(triton.pid, signal.SIGKILL)
+            answered.add(result.receipt.engine)
+            if losses and len(rows) >= losses[0][0] and losses[0][1] in answered:
+                *_, lose = losses.popleft()
+                await lose()
+        assert not losses
         assert len(rows) == 120
         assert all(completion.text and completion.usage.completion_tokens == 20 for completion in rows.values())
-        assert {completion.receipt.engine for completion in rows.values()} == {"simulated", "http", "triton"}
+        assert answered == {"simulated", "http", "triton"}
 
 
 @pytest.mark.parametrize("loss", ["server", "back end"])
