@@ -19,8 +19,8 @@ CUT_S = 36
 SHORT_CUT_S = 5
 """Long enough for the streams to be missed, and not for Ray to take the node for dead.
 
-Ray's connections are back when TCP sends again what was lost, 6 s after the first loss and then only 13 s after it: a cut
-of 8 s would last for 13.
+Ray's connections are back when TCP sends again what was lost, 6 s after the first loss and then only 13 s after it: a
+cut of 8 s would last for 13.
 """
 
 
