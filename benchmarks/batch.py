@@ -49,7 +49,7 @@ from typing import Any
 import psutil
 import ray
 from harness import Figure, local_cluster, publish, quick_asked, say
-from pool_efficiency import CONFIG, MODEL, NUM_TOKENS, Generate, Side, be_side, direct_side, race
+from pool_efficiency import CONFIG, MODEL, NUM_TOKENS, SLICE_S, Generate, Side, be_side, direct_side, race
 
 from raylm.actors.manager_actor import end, serve
 from raylm.api import LMDeployPipeline
@@ -62,7 +62,6 @@ from raylm.served import ServedPool
 
 RAYLM = str(Path(sys.executable).with_name("raylm"))
 SERVED = "batch-benchmark"
-SLICE_S = 4.0  # shorter than an actor waits for a pool that does not poll
 
 
 # batch_efficiency

@@ -36,6 +36,7 @@ from raylm.models import resolve
 
 MODEL = "smollm2-135m-instruct"
 NUM_TOKENS = 64
+SLICE_S = 4.0  # of sides that take turns; shorter than an actor waits for a pool that does not poll
 NUM_THREADS = os.cpu_count()
 CONFIG = OpenVINOConfig(num_threads=NUM_THREADS)
 

@@ -52,7 +52,7 @@ import msgspec
 import psutil
 import requests
 from harness import Figure, local_cluster, publish, quick_asked, say
-from pool_efficiency import Side, side_rates
+from pool_efficiency import SLICE_S, Side, side_rates
 from pydantic import BaseModel
 
 from raylm.config import EngineConfig, OpenVINOConfig, ServeConfig, SimulatedConfig
@@ -70,7 +70,6 @@ NUM_PROBES = 4
 MODEL = "smollm2-135m-instruct"
 NUM_REAL_STREAMS = 32
 LONG_S = 3600
-SLICE_S = 4.0  # shorter than an actor waits for a pool that does not poll
 NUM_SESSIONS, NUM_TURNS = 200, 5
 
 LUA = """
@@ -425,7 +424,6 @@ def be_real_side(side: AbstractContextManager[Count]) -> None:
 def measure_real(*, quick: bool) -> list[Figure]:
     """Measure the real model over HTTP and directly, in turns of some seconds, for a machine's speed drifts."""
     warm_s, window_s = (4, 16) if quick else (10, 80)
-    rates = {}
     with ExitStack() as stack:
         sides = {name: Side(name, __file__) for name in REAL_SIDES}
         for side in sides.values():
