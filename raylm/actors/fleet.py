@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from ray._private import state
 
 from raylm.actors.cluster import actor_record, forget, remember, remembered
 from raylm.actors.engine_actor import ActorInfo
-from raylm.actors.lifecycle import Autoscaler, Member, Phase, steps
+from raylm.actors.lifecycle import Autoscaler, Member, Phase, match, steps
 from raylm.actors.manager import PoolManager
 from raylm.config import EngineConfig, ModelConfig
 from raylm.errors import InvalidRequestError, PlacementError, UpstreamError, first_line
@@ -259,17 +258,9 @@ class Fleet:
     @property
     def outdated(self) -> list[int]:
         """The slots whose actors are not wanted, or no longer; each until its actor has ended."""
-        found = list(self._record.draining)
-        missing = Counter(self._wanted())
-        # As `steps` chooses: of those that are too many, one that is up stays.
-        for slot in sorted(self.slots.values(), key=lambda slot: slot.phase != "up"):
-            if slot.phase == "draining":
-                continue
-            if missing[slot.engine]:
-                missing[slot.engine] -= 1
-            else:
-                found.append(slot.number)
-        return sorted(found)
+        wanted = self._wanted()
+        others = match(wanted, [member for member in self._members(wanted) if member.phase != "draining"])[1]
+        return sorted({*self._record.draining, *(member.slot for member in others)})
 
     @property
     def config(self) -> str:
@@ -400,21 +391,8 @@ class Fleet:
     async def _step(self) -> None:
         """Do what brings the actors closer to those that are wanted."""
         await self._look_for_room()
-        loads, wanted = self._loads(), self._wanted()
-        # What has just ended may be what others wait for, though it still seems to hold its room.
-        may_make_room = time.monotonic() - self._freed_at >= _PATIENCE_S
-        members = [
-            Member(
-                slot.number,
-                slot.engine,
-                self._phase(slot, wanted),
-                loads.get(slot.number, 0),
-                slot.may_fit and may_make_room,
-                slot.room_made,
-            )
-            for slot in self.slots.values()
-        ]
-        todo = steps(wanted, members)
+        wanted = self._wanted()
+        todo = steps(wanted, self._members(wanted))
         if todo.room_for is not None:
             self.slots[todo.room_for].room_made = True
         for number in todo.drain:
@@ -438,6 +416,22 @@ class Fleet:
                         self._record.forget(number)
             self._room_due = 0
             self._clients.publish()
+
+    def _members(self, wanted: Collection[str]) -> list[Member]:
+        loads = self._loads()
+        # What has just ended may be what others wait for, though it still seems to hold its room.
+        may_make_room = time.monotonic() - self._freed_at >= _PATIENCE_S
+        return [
+            Member(
+                slot.number,
+                slot.engine,
+                self._phase(slot, wanted),
+                loads.get(slot.number, 0),
+                slot.may_fit and may_make_room,
+                slot.room_made,
+            )
+            for slot in self.slots.values()
+        ]
 
     def _phase(self, slot: Slot, wanted: Collection[str]) -> Phase:
         """Return where an actor is in its life, as those see it that it works for.

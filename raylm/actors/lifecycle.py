@@ -68,6 +68,25 @@ class Steps:
     room_for: int | None = None
 
 
+def match(wanted: Sequence[str], members: Iterable[Member]) -> tuple[list[Member], list[Member]]:
+    """Return the actors that stay and those that are to go.
+
+    Args:
+        wanted: Engine settings of each actor that there should be.
+        members: The actors that there are, without those that drain.
+    """
+    missing = Counter(wanted)
+    kept: list[Member] = []
+    others: list[Member] = []
+    for member in sorted(members, key=lambda member: (_KEEP_FIRST[member.phase], -member.load, member.slot)):
+        if missing[member.engine]:
+            missing[member.engine] -= 1
+            kept.append(member)
+        else:
+            others.append(member)
+    return kept, others
+
+
 def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
     """Return what brings the actors closer to those that are wanted.
 
@@ -77,15 +96,7 @@ def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
     """
     members = list(members)
     present = [member for member in members if member.phase != "draining"]
-    missing = Counter(wanted)
-    kept: list[Member] = []
-    others: list[Member] = []
-    for member in sorted(present, key=lambda member: (_KEEP_FIRST[member.phase], -member.load, member.slot)):
-        if missing[member.engine]:
-            missing[member.engine] -= 1
-            kept.append(member)
-        else:
-            others.append(member)
+    kept, others = match(wanted, present)
     drain = [member.slot for member in others if member.phase != "up"]  # they do no work
     old = [member for member in others if member.phase == "up"]
     old.sort(key=lambda member: (member.load, -member.slot))
@@ -99,7 +110,7 @@ def steps(wanted: Sequence[str], members: Iterable[Member]) -> Steps:
         if needy and not any(member.room_made for member in waiting):
             num_spare, room_for = 1, needy[0]
     drain += [member.slot for member in old[:num_spare]]
-    create = list(missing.elements())
+    create = list((Counter(wanted) - Counter(member.engine for member in kept)).elements())
     if old:
         create = create[: max(0, len(wanted) + 1 - len(kept) - len(old))]
     return Steps(tuple(create), tuple(drain), room_for)

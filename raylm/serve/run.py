@@ -80,9 +80,9 @@ def prepare_environment(proxy: Proxy) -> tuple[Literal["haproxy", "python"], str
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     # Serve waits so long (30 s by itself) for balancers in front to see that a gateway goes; streams have longer.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
-    # Serve's controller looks at every deployment so often (0.1 s by itself), and each look asks the cluster's head three
-    # times: on a small machine that takes 3 % of the cores from the engines, idle or not. A gateway that comes or goes
-    # is seen half a second later.
+    # Serve's controller looks at every deployment so often (0.1 s by itself), and each look asks the cluster's head
+    # three times: on a small machine that takes 3 % of the cores from the engines, idle or not. A gateway that comes
+    # or goes is seen half a second later.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     # A proxy that is not up after so long (5 s by itself) is ended, and Serve with it: a busy machine needs longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
