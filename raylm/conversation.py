@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
 from raylm.actors.sessions import SessionState, SessionStore
-from raylm.errors import SessionError, SessionNotFoundError, SessionStoreError
-from raylm.messages import Lane, Message, Request
+from raylm.errors import RaylmError, SessionError, SessionNotFoundError, SessionStoreError
+from raylm.messages import Completion, Lane, Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
 
@@ -121,6 +121,25 @@ class Conversations:
             lane: As in `Pool.stream`.
             timeout_s: As in `Pool.stream`.
         """
+        slot = await self._slot(session_id)
+        async with self._pool.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
+            yield stream
+        if stream.receipt is not None:
+            await self._follow(session_id, slot, stream.receipt.slot)
+
+    async def pinned_many(
+        self, requests: Sequence[Request], session_id: str, *, silence_s: float | None = None
+    ) -> list[Completion | RaylmError]:
+        """Run many requests of a session that is a name alone. The rest is as in `Pool.generate_many`."""
+        slot = await self._slot(session_id)
+        results = await self._pool.generate_many(requests, session_id=session_id, silence_s=silence_s)
+        slots = [result.receipt.slot for result in results if isinstance(result, Completion)]
+        if slots:
+            await self._follow(session_id, slot, slots[-1])
+        return results
+
+    async def _slot(self, session_id: str) -> int:
+        """Return the slot of a session that is a name alone, once all pools agree on it."""
         router = self._pool.router
         candidate = router.pinned(session_id)
         if candidate is None:
@@ -128,10 +147,12 @@ class Conversations:
             router.pin(session_id, candidate)
         slot = await self._pin(session_id, candidate)
         router.pin(session_id, slot)
-        async with self._pool.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
-            yield stream
-        if stream.receipt is not None and stream.receipt.slot != slot:
-            router.pin(session_id, await self._pin(session_id, stream.receipt.slot, moved_from=slot))
+        return slot
+
+    async def _follow(self, session_id: str, slot: int, answered: int) -> None:
+        """Pin such a session to the slot that answered, where it had to leave its own."""
+        if answered != slot:
+            self._pool.router.pin(session_id, await self._pin(session_id, answered, moved_from=slot))
 
     async def _pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
         try:

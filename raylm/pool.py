@@ -373,13 +373,19 @@ class Pool:
             return await stream.completion()
 
     async def generate_many(
-        self, requests: Sequence[Request], *, lane: Lane = "batch", silence_s: float | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        lane: Lane = "batch",
+        session_id: str | None = None,
+        silence_s: float | None = None,
     ) -> list[Completion | RaylmError]:
         """Run many requests, the longest first, so that no long one is left for the end.
 
         Args:
             requests: The requests.
             lane: Which queue they wait in.
+            session_id: Keeps all of them in the slot of that name.
             silence_s: When none of them has got to an actor or got a token for this long, those that are left fail
                 with RequestTimeoutError. None: no limit.
 
@@ -387,18 +393,24 @@ class Pool:
             One entry for each request, in the order of `requests`: its completion or the error it ended with.
         """
         results: list[Completion | RaylmError | None] = [None] * len(requests)
-        async for index, result in self.as_completed(requests, lane=lane, silence_s=silence_s):
+        async for index, result in self.as_completed(requests, lane=lane, session_id=session_id, silence_s=silence_s):
             results[index] = result
         return [result for result in results if result is not None]
 
     async def as_completed(
-        self, requests: Sequence[Request], *, lane: Lane = "batch", silence_s: float | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        lane: Lane = "batch",
+        session_id: str | None = None,
+        silence_s: float | None = None,
     ) -> AsyncGenerator[tuple[int, Completion | RaylmError], None]:
         """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others.
 
         Args:
             requests: The requests.
             lane: Which queue they wait in.
+            session_id: As in `generate_many`.
             silence_s: As in `generate_many`.
         """
         ended: asyncio.Queue[int] = asyncio.Queue()
@@ -407,7 +419,9 @@ class Pool:
         try:
             for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
                 request = msgspec.structs.replace(requests[index], stream=False)
-                streams[index] = self.stream(request, lane=lane, ended=partial(ended.put_nowait, index))
+                streams[index] = self.stream(
+                    request, lane=lane, session_id=session_id, ended=partial(ended.put_nowait, index)
+                )
             if silence_s is not None:
                 silence = _Silence(self, streams.values(), silence_s)
             for _ in requests:

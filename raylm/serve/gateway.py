@@ -234,14 +234,17 @@ class Gateway:
         request_id = self._note(served, body.request_id, session_id, None, body.inputs)
         if isinstance(body.inputs, list):
             if not (body.sequence_start and body.sequence_end):
-                raise InvalidRequestError("inputs: a session takes one prompt at a time, not a list")
+                raise InvalidRequestError("inputs: a session's transcript takes one prompt at a time, not a list")
             self._check_number("inputs", len(body.inputs))
             if "" in body.inputs:
                 raise InvalidRequestError(f"inputs[{body.inputs.index('')}]: the prompt is empty")
             requests = [
                 _raw_request(f"{request_id}/{index}", prompt, config) for index, prompt in enumerate(body.inputs)
             ]
-            results = await served.pool.generate_many(requests, silence_s=body.timeout)
+            if session_id is None:
+                results = await served.pool.generate_many(requests, silence_s=body.timeout)
+            else:
+                results = await served.conversations.pinned_many(requests, session_id, silence_s=body.timeout)
             shown = [_shown(result) if isinstance(result, Completion) else error_body(result) for result in results]
             return JSON({"results": shown})
         if not body.inputs:

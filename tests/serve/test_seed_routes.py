@@ -73,6 +73,20 @@ def test_generate_list(simulated_endpoint: ServeCommand) -> None:
     assert results[11]["error"]["type"] == "EngineError"
 
 
+@pytest.mark.parametrize("where", ["header", "body"])
+def test_list_in_a_session(simulated_endpoint: ServeCommand, session_id: str, where: str) -> None:
+    """The prompts of a list that names a session are answered in the slot of that name, whichever gateway is asked."""
+    body = {"inputs": ["one", "two", "three"], **GREEDY, **({"session_id": session_id} if where == "body" else {})}
+    headers = {"x-session-id": session_id} if where == "header" else {}
+    receipts = [
+        result["receipt"]
+        for _ in range(4)
+        for result in simulated_endpoint.post("/generate", body, headers=headers).json()["results"]
+    ]
+    assert len({receipt["slot"] for receipt in receipts}) == 1
+    assert {receipt["why"] for receipt in receipts} == {"pinned"}
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
