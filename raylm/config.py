@@ -313,7 +313,8 @@ class PoolConfig(_Config):
     """How the pool queues, retries and gives up.
 
     Attributes:
-        max_queued: Requests waiting for a slot; one more is refused with PoolSaturatedError. None: no limit.
+        max_queued: Requests waiting for a slot; one more is refused with PoolSaturatedError. None: no limit. A list of
+            prompts is let in as a whole, by the room for one.
         max_attempts: Actors that may work on one request.
         first_token_timeout_s: Floor of the watchdog's bound on the first token. The bound itself follows the pool's
             own history and is never below this.

@@ -128,11 +128,18 @@ class Conversations:
             await self._follow(session_id, slot, stream.receipt.slot)
 
     async def pinned_many(
-        self, requests: Sequence[Request], session_id: str, *, silence_s: float | None = None
+        self,
+        requests: Sequence[Request],
+        session_id: str,
+        *,
+        timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> list[Completion | RaylmError]:
         """Run many requests of a session that is a name alone. The rest is as in `Pool.generate_many`."""
         slot = await self._slot(session_id)
-        results = await self._pool.generate_many(requests, session_id=session_id, silence_s=silence_s)
+        results = await self._pool.generate_many(
+            requests, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
+        )
         slots = [result.receipt.slot for result in results if isinstance(result, Completion)]
         if slots:
             await self._follow(session_id, slot, slots[-1])

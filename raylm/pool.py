@@ -321,6 +321,20 @@ class Pool:
             NoActorError: the pool is closed, or none of its slots can be started.
             RaylmError: it has ended; see `end`.
         """
+        self._admit()
+        return self._begin(
+            request,
+            lane=lane,
+            session_id=session_id,
+            timeout_s=timeout_s,
+            silence_s=silence_s,
+            work_s=work_s,
+            avoid=avoid,
+            ended=ended,
+        )
+
+    def _admit(self) -> None:
+        """Do nothing where there is room for one more request. Raises what `stream` does."""
         self.check_open()
         limit = self.config.max_queued
         if limit is not None and self._num_waiting >= limit:
@@ -330,6 +344,19 @@ class Pool:
                 raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
         if self._hopeless:
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
+
+    def _begin(
+        self,
+        request: Request,
+        *,
+        lane: Lane,
+        session_id: str | None,
+        timeout_s: float | None,
+        silence_s: float | None = None,
+        work_s: float | None = None,
+        avoid: Iterable[int] = (),
+        ended: Callable[[], None] | None,
+    ) -> Stream:
         stream = Stream(self, request, lane, session_id)
         if timeout_s is not None:
             stream._deadline = self.loop.call_later(timeout_s, self._expire, stream, f"not done within {timeout_s:g} s")
@@ -378,6 +405,7 @@ class Pool:
         *,
         lane: Lane = "batch",
         session_id: str | None = None,
+        timeout_s: float | None = None,
         silence_s: float | None = None,
     ) -> list[Completion | RaylmError]:
         """Run many requests, the longest first, so that no long one is left for the end.
@@ -386,14 +414,23 @@ class Pool:
             requests: The requests.
             lane: Which queue they wait in.
             session_id: Keeps all of them in the slot of that name.
+            timeout_s: Those that are not done by then, in seconds, fail with RequestTimeoutError. None: no limit.
             silence_s: When none of them has got to an actor or got a token for this long, those that are left fail
                 with RequestTimeoutError. None: no limit.
 
         Returns:
             One entry for each request, in the order of `requests`: its completion or the error it ended with.
+
+        Raises:
+            PoolSaturatedError: the queue is full, and none of them has begun. They are let in together, by the room for
+                one: otherwise many would never find room.
+            NoActorError: as in `stream`.
+            RaylmError: as in `stream`.
         """
         results: list[Completion | RaylmError | None] = [None] * len(requests)
-        async for index, result in self.as_completed(requests, lane=lane, session_id=session_id, silence_s=silence_s):
+        async for index, result in self.as_completed(
+            requests, lane=lane, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
+        ):
             results[index] = result
         return [result for result in results if result is not None]
 
@@ -403,6 +440,7 @@ class Pool:
         *,
         lane: Lane = "batch",
         session_id: str | None = None,
+        timeout_s: float | None = None,
         silence_s: float | None = None,
     ) -> AsyncGenerator[tuple[int, Completion | RaylmError], None]:
         """Run many requests and yield `(index, completion or error)` as each ends. Leaving early aborts the others.
@@ -411,16 +449,26 @@ class Pool:
             requests: The requests.
             lane: Which queue they wait in.
             session_id: As in `generate_many`.
+            timeout_s: As in `generate_many`.
             silence_s: As in `generate_many`.
+
+        Raises:
+            RaylmError: as in `generate_many`.
         """
         ended: asyncio.Queue[int] = asyncio.Queue()
         streams: dict[int, Stream] = {}
         silence: _Silence | None = None
+        if requests:
+            self._admit()
         try:
             for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
                 request = msgspec.structs.replace(requests[index], stream=False)
-                streams[index] = self.stream(
-                    request, lane=lane, session_id=session_id, ended=partial(ended.put_nowait, index)
+                streams[index] = self._begin(
+                    request,
+                    lane=lane,
+                    session_id=session_id,
+                    timeout_s=timeout_s,
+                    ended=partial(ended.put_nowait, index),
                 )
             if silence_s is not None:
                 silence = _Silence(self, streams.values(), silence_s)

@@ -196,6 +196,34 @@ async def test_a_crowd_that_comes_at_once_is_counted(start_pool: StartPool) -> N
         stream.abort()
 
 
+async def test_a_list_is_let_in_as_a_whole(start_pool: StartPool) -> None:
+    """Many requests in one call wait their turn, also where they are more than the queue holds."""
+    running = await start_pool(ONE_AT_A_TIME, config=PoolConfig(max_queued=2))
+    results = await running.pool.generate_many([ask(f"row {row}", 3) for row in range(8)])
+    assert [getattr(result, "text", result) for result in results] == [greedy_text(f"row {row}", 3) for row in range(8)]
+
+
+async def test_a_full_queue_refuses_a_list(start_pool: StartPool) -> None:
+    """Where not even one of many requests finds room, none is begun."""
+    running = await start_pool(ONE_AT_A_TIME, config=PoolConfig(max_queued=1))
+    streams = [running.pool.stream(ask("first", 5000))]
+    await anext(streams[0])
+    streams.append(running.pool.stream(ask("waits")))
+    with pytest.raises(PoolSaturatedError):
+        await running.pool.generate_many([ask("a"), ask("b")])
+    assert running.pool.statistics().num_waiting == 1
+    for stream in streams:
+        stream.abort()
+
+
+async def test_a_list_has_a_deadline(start_pool: StartPool) -> None:
+    """Of many requests those that are not done in time have an error in their place, running or waiting."""
+    running = await start_pool(ONE_AT_A_TIME)
+    results = await running.pool.generate_many([ask("long", 8000), ask("waits")], timeout_s=0.3)
+    assert [type(result) for result in results] == [RequestTimeoutError, RequestTimeoutError]
+    await until_idle(running)
+
+
 async def test_aborting_a_stream_aborts_in_the_engine(start_pool: StartPool) -> None:
     """Leaving a stream early stops the engine's work on it and frees its room."""
     running = await start_pool(FAST)

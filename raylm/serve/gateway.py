@@ -241,10 +241,13 @@ class Gateway:
             requests = [
                 _raw_request(f"{request_id}/{index}", prompt, config) for index, prompt in enumerate(body.inputs)
             ]
+            timeout_s = self._config.gateway.request_timeout_s
             if session_id is None:
-                results = await served.pool.generate_many(requests, silence_s=body.timeout)
+                results = await served.pool.generate_many(requests, timeout_s=timeout_s, silence_s=body.timeout)
             else:
-                results = await served.conversations.pinned_many(requests, session_id, silence_s=body.timeout)
+                results = await served.conversations.pinned_many(
+                    requests, session_id, timeout_s=timeout_s, silence_s=body.timeout
+                )
             shown = [_shown(result) if isinstance(result, Completion) else error_body(result) for result in results]
             return JSON({"results": shown})
         if not body.inputs:

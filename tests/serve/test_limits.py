@@ -322,6 +322,20 @@ def test_deadline(strict_endpoint: ServeCommand) -> None:
     assert response.json()["error"]["type"] == "RequestTimeoutError"
 
 
+def test_long_list(strict_endpoint: ServeCommand) -> None:
+    """A list of more prompts than may wait is answered all the same."""
+    body = {"model": "slow", "inputs": ["a", "b", "c", "d"], "max_new_tokens": 1}
+    response = strict_endpoint.post("/generate", body, headers=KEY)
+    assert [result.get("finish_reason") for result in response.json()["results"]] == ["length"] * 4
+
+
+def test_deadline_of_a_list(strict_endpoint: ServeCommand) -> None:
+    """The endpoint's own limit ends the prompts of a list too, each for itself."""
+    body = {"model": "slow", "inputs": ["a", "b"], "max_new_tokens": 8000, "timeout": None}
+    response = strict_endpoint.post("/generate", body, headers=KEY)
+    assert [result["error"]["type"] for result in response.json()["results"]] == ["RequestTimeoutError"] * 2
+
+
 # The log
 
 
