@@ -15,12 +15,30 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 
 from raylm.actors.sessions import SessionState, SessionStore
-from raylm.errors import RaylmError, SessionError, SessionNotFoundError, SessionStoreError
+from raylm.errors import RaylmError, RequestCancelledError, SessionError, SessionNotFoundError, SessionStoreError
 from raylm.messages import Completion, Lane, Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
 
 _log = logging.getLogger(__name__)
+
+
+class _Arrival:
+    """Requests that the pool does not have yet, for the store is asked about their session first.
+
+    Attributes:
+        request_ids: Their ids.
+        cancelled: Whether they are to go no further.
+    """
+
+    def __init__(self, *request_ids: str) -> None:
+        self.request_ids = request_ids
+        self.cancelled = False
+
+    def check(self) -> None:
+        """Raise RequestCancelledError if they were cancelled."""
+        if self.cancelled:
+            raise RequestCancelledError("the request was cancelled")
 
 
 class Conversations:
@@ -38,6 +56,7 @@ class Conversations:
         self._renew_s = turn_timeout_s / 4
         self._turns: dict[str, str] = {}  # those in progress: the session of each
         self._renewing: asyncio.Task[None] | None = None  # while there are any
+        self._arrivals: set[_Arrival] = set()
 
     @asynccontextmanager
     async def turn(
@@ -66,9 +85,11 @@ class Conversations:
             SessionNotFoundError: `start` is False and there is no such session.
             SessionBusyError: another turn of it is running.
             SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript.
+            RequestCancelledError: `cancel` was called before the pool had the request.
             RaylmError: whatever the generation raised. The session is as it was before the turn.
         """
         self._pool.check_open()  # the store may have ended with it
+        arrival = _Arrival(make_request(messages).request_id)  # what is wrong is told before a session is touched
         turn_id = uuid.uuid4().hex
         router = self._pool.router
         candidate = router.pinned(session_id)
@@ -76,6 +97,7 @@ class Conversations:
             candidate = router.candidate()
             router.pin(session_id, candidate)  # now, so that the next new session has another candidate
         claiming = asyncio.create_task(self._store.claim(session_id, candidate, turn_id, start=start))
+        self._arrivals.add(arrival)
         try:
             state = await asyncio.shield(claiming)
         except SessionNotFoundError:
@@ -86,9 +108,12 @@ class Conversations:
                 await claiming  # to its end, because a claim that overtakes its own release would stay
                 await self._give_back(session_id, turn_id)
             raise
+        finally:
+            self._arrivals.remove(arrival)
         appended = False
         self._begin(session_id, turn_id)
         try:
+            arrival.check()
             router.pin(session_id, state.slot)
             transcript = state.messages + messages
             request = msgspec.structs.replace(make_request(transcript), session_id=session_id, session_end=end)
@@ -120,8 +145,12 @@ class Conversations:
             session_id: The session.
             lane: As in `Pool.stream`.
             timeout_s: As in `Pool.stream`.
+
+        Raises:
+            RequestCancelledError: `cancel` was called before the pool had the request.
+            RaylmError: as in `Pool.stream`.
         """
-        slot = await self._slot(session_id)
+        slot = await self._slot(session_id, request.request_id)
         async with self._pool.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
             yield stream
         if stream.receipt is not None:
@@ -135,8 +164,13 @@ class Conversations:
         timeout_s: float | None = None,
         silence_s: float | None = None,
     ) -> list[Completion | RaylmError]:
-        """Run many requests of a session that is a name alone. The rest is as in `Pool.generate_many`."""
-        slot = await self._slot(session_id)
+        """Run many requests of a session that is a name alone. The rest is as in `Pool.generate_many`.
+
+        Raises:
+            RequestCancelledError: `cancel` was called before the pool had the requests.
+            RaylmError: as in `Pool.generate_many`.
+        """
+        slot = await self._slot(session_id, *(request.request_id for request in requests))
         results = await self._pool.generate_many(
             requests, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
         )
@@ -145,15 +179,35 @@ class Conversations:
             await self._follow(session_id, slot, slots[-1])
         return results
 
-    async def _slot(self, session_id: str) -> int:
+    def cancel(self, request_id: str) -> bool:
+        """Stop the requests of that id which the pool does not have yet; return whether there was one.
+
+        The parts of a request are those of `Pool.cancel`.
+        """
+        found = [
+            arrival
+            for arrival in self._arrivals
+            if any(each == request_id or each.startswith(f"{request_id}/") for each in arrival.request_ids)
+        ]
+        for arrival in found:
+            arrival.cancelled = True
+        return bool(found)
+
+    async def _slot(self, session_id: str, *request_ids: str) -> int:
         """Return the slot of a session that is a name alone, once all pools agree on it."""
+        arrival = _Arrival(*request_ids)
         router = self._pool.router
         candidate = router.pinned(session_id)
         if candidate is None:
             candidate = router.candidate()
             router.pin(session_id, candidate)
-        slot = await self._pin(session_id, candidate)
+        self._arrivals.add(arrival)
+        try:
+            slot = await self._pin(session_id, candidate)
+        finally:
+            self._arrivals.remove(arrival)
         router.pin(session_id, slot)
+        arrival.check()
         return slot
 
     async def _follow(self, session_id: str, slot: int, answered: int) -> None:

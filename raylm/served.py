@@ -110,18 +110,19 @@ class ServedPool:
         state.num_sessions = await self.conversations.num_sessions()
         return state
 
-    async def cancel(self, request_id: str) -> bool:
-        """Abort a request, here or in any other pool; return whether it was here.
+    def cancel(self, request_id: str) -> bool:
+        """Abort the requests of that id in this pool, also those on their way to it; return whether there was one."""
+        in_pool = self.pool.cancel(request_id)
+        return self.conversations.cancel(request_id) or in_pool
+
+    async def cancel_elsewhere(self, request_id: str) -> None:
+        """Ask all other pools of the model to abort a request.
 
         Raises:
-            NoActorError: it is not here, and the manager is being restarted.
+            NoActorError: the manager is being restarted.
         """
-        if self.pool.cancel(request_id):
-            return True
-        if not self.is_served:
-            return False
-        await told(self._manager.cancel.remote(request_id))
-        return False
+        if self.is_served:
+            await told(self._manager.cancel.remote(request_id))
 
     async def aclose(self) -> None:
         """Leave. Requests of this pool that are still running fail; the actors go on for others."""
@@ -152,7 +153,7 @@ class ServedPool:
             for slot, words in membership.failed.items():
                 self.pool.fail(slot, EngineStartError(f"slot {slot} did not start: {words}"))
         for request_id in membership.cancelled:
-            self.pool.cancel(request_id)
+            self.cancel(request_id)
 
     async def _watch(self) -> None:
         while self.is_served:

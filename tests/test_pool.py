@@ -19,6 +19,7 @@ from raylm.errors import (
     PlacementError,
     PoolSaturatedError,
     RaylmError,
+    RequestCancelledError,
     RequestTimeoutError,
 )
 from raylm.messages import Completion, GenerationConfig, Message, Request
@@ -323,6 +324,51 @@ async def test_two_turns_of_one_session_do_not_mix(start_pool: StartPool) -> Non
                 pass
         await stream.completion()
     assert len((await running.conversations.load("s")).messages) == 2
+
+
+@pytest.mark.parametrize("kind", ["turn", "pinned", "pinned_many"])
+async def test_a_request_cancelled_before_the_pool_has_it(
+    start_pool: StartPool, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A request that is cancelled while the store is asked about its session never runs, and holds no session."""
+    running = await start_pool(FAST)
+    conversations, store = running.conversations, running.conversations._store
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    def held(method: Any) -> Any:
+        async def wait(*args: Any, **settings: Any) -> Any:
+            asked.set()
+            await answered.wait()
+            return await method(*args, **settings)
+
+        return wait
+
+    monkeypatch.setattr(store, "claim", held(store.claim))
+    monkeypatch.setattr(store, "pin", held(store.pin))
+    request = ask("hello")
+
+    async def run() -> None:
+        if kind == "turn":
+            async with conversations.turn("s", (), lambda _: request, start=True, end=False) as stream:
+                await stream.completion()
+        elif kind == "pinned":
+            async with conversations.pinned(request, "s") as stream:
+                await stream.completion()
+        else:
+            part = msgspec.structs.replace(request, request_id=f"{request.request_id}/0")
+            await conversations.pinned_many([part], "s")
+
+    task = asyncio.create_task(run())
+    await asked.wait()
+    assert not conversations.cancel("another")
+    assert conversations.cancel(request.request_id)
+    answered.set()
+    with pytest.raises(RequestCancelledError):
+        await task
+    assert running.pool.statistics().num_attempts == 0
+    assert not conversations.cancel(request.request_id)
+    async with conversations.turn("s", (), lambda _: request, start=True, end=True) as stream:
+        await stream.completion()
 
 
 async def test_a_turn_left_early_leaves_the_session_as_it_was(start_pool: StartPool) -> None:

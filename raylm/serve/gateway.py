@@ -322,9 +322,14 @@ class Gateway:
 
     async def cancel_request(self, request_id: SessionPath) -> Response:
         """Abort a request. Where another gateway has it, that one is asked to: status 202."""
-        here = [await served.cancel(request_id) for served in self._served.values()]  # one that has ended may run it
+        served = list(self._served.values())  # one that has ended may run it
+        here = [each.cancel(request_id) for each in served]
         if any(here):
             return JSON(Cancelled(request_id, True))
+        asked = await asyncio.gather(*(each.cancel_elsewhere(request_id) for each in served), return_exceptions=True)
+        for error in asked:  # once all were asked
+            if error is not None:
+                raise error
         return JSON(Cancelled(request_id, "asked"), status_code=202)
 
     # The state of things
@@ -413,7 +418,6 @@ class Gateway:
         end: bool,
         silence_s: float | None = None,
     ) -> Turn:
-        make_request(messages)  # checked before a session is touched
         timeout_s = self._config.gateway.request_timeout_s
         if session_id is None:
             if not (start and end):

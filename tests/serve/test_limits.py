@@ -336,6 +336,26 @@ def test_deadline_of_a_list(strict_endpoint: ServeCommand) -> None:
     assert [result["error"]["type"] for result in response.json()["results"]] == ["RequestTimeoutError"] * 2
 
 
+def test_cancel_without_managers(strict_endpoint: ServeCommand) -> None:
+    """A request is cancelled at its own gateway whatever the managers of the models do."""
+    name = uuid.uuid4().hex
+    body = {"model": "none", **HELLO, "max_tokens": 8000, "stream": True, "request_id": name}
+    managers = strict_endpoint.processes("ray::ManagerActor")
+    assert len(managers) == 2
+    with requests.post(strict_endpoint.url + CHAT, json=body, headers=KEY, stream=True, timeout=60) as running:
+        events = running.iter_lines()
+        next(events)
+        for manager in managers:
+            manager.suspend()
+        try:
+            cancelled = strict_endpoint.post(f"/requests/{name}/cancel", headers=KEY)
+        finally:
+            for manager in managers:
+                manager.resume()
+        assert cancelled.json() == {"request_id": name, "cancelled": True}
+        assert b"RequestCancelledError" in list(events)[-2]
+
+
 # The log
 
 
