@@ -8,6 +8,7 @@
     |  |- RequestTooLargeError 413  the HTTP body is longer than the endpoint takes
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
+    |- ForeignPageError 403         a page of another site in a browser sent the request
     |- OutputBusyError 409          another process writes that output of a batch job
     |- ClusterBusyError 409         another program changes what the cluster serves
     |- TooManyFailuresError 500     a batch job was stopped because so many rows failed
@@ -105,6 +106,12 @@ class AuthenticationError(RaylmError):
     """The API key is missing or wrong."""
 
     status_code = 401
+
+
+class ForeignPageError(RaylmError):
+    """A browser says that a page of another site sent the request."""
+
+    status_code = 403
 
 
 class OutputBusyError(RaylmError):

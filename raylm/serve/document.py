@@ -17,6 +17,7 @@ from raylm.errors import (
     BatchStateError,
     BatchStoreError,
     EngineError,
+    ForeignPageError,
     InvalidRequestError,
     NoActorError,
     ObjectNotFoundError,
@@ -61,6 +62,7 @@ _GENERATING = (
 _MEANINGS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
+    403: "A page of another site sent the request.",
     404: "No such model, session, file, batch or address.",
     409: "Another turn of the session is running; or the batch has ended, or a batch needs the file.",
     413: "The body is too long.",
@@ -118,15 +120,17 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         known.pop(unused, None)
     for methods in document["paths"].values():
-        for operation in methods.values():
-            operation["responses"] = _responses(operation["operationId"])
+        for method, operation in methods.items():
+            operation["responses"] = _responses(operation["operationId"], method)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"key": []}]  # where no keys are configured, and where some are
     return document
 
 
-def _responses(name: str) -> dict[str, Any]:
+def _responses(name: str, method: str) -> dict[str, Any]:
     answers, errors = _ANSWERS[name]
+    if method == "post":
+        errors = (*errors, ForeignPageError)
     good = {200: answers, **_SECOND_ANSWERS.get(name, {})}
     responses = {
         str(status): {

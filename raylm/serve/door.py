@@ -1,7 +1,7 @@
 """Door: what every request has to pass, and what is told of it when it leaves.
 
-API keys, the limit on bodies, header tricks, and one line of log for each request. Plain ASGI, so that a stream costs
-one more function call a write and no task.
+API keys, the limit on bodies, pages of other sites, header tricks, and one line of log for each request. Plain ASGI, so
+that a stream costs one more function call a write and no task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raylm.config import BatchesConfig, GatewayConfig
-from raylm.errors import AuthenticationError, InvalidRequestError, RaylmError, RequestTooLargeError
+from raylm.errors import (
+    AuthenticationError,
+    ForeignPageError,
+    InvalidRequestError,
+    RaylmError,
+    RequestTooLargeError,
+)
 from raylm.messages import FinishReason, Receipt
 from raylm.serve.schema import BUG, error_body
 
@@ -104,6 +110,7 @@ class Door:
     def __init__(self, app: ASGIApp, config: GatewayConfig, batches: BatchesConfig | None = None) -> None:
         self._app = app
         self._keys = Keys(config)
+        self._origins = frozenset(config.cors_origins)
         self._max_body_bytes = config.max_body_bytes
         self._max_form_bytes = config.max_body_bytes if batches is None else batches.max_file_bytes + _FORM_BYTES
 
@@ -153,6 +160,10 @@ class Door:
             if len(keys) > 1:
                 raise AuthenticationError("authorization: sent more than once")
             self._keys.check(keys[0].decode("latin-1"))
+        if scope["method"] == "POST" and self._is_foreign(found):
+            raise ForeignPageError(
+                "a page of another site may not send this; put its origin into the gateway's cors_origins if it may"
+            )
         length = found.get(b"content-length", [b"0"])[0]
         if not length.isdigit():
             raise InvalidRequestError("content-length: not a number")
@@ -174,6 +185,20 @@ class Door:
         if not session_id or len(session_id) > 200:
             raise InvalidRequestError("x-session-id: 1 to 200 characters")
         return session_id
+
+    def _is_foreign(self, headers: dict[bytes, list[bytes]]) -> bool:
+        """Return whether a browser would let a page of any site send this POST without asking for leave first.
+
+        It does so with forms, files and what has no body. Before it sends JSON it asks, and CORS answers.
+        """
+        content_type = headers.get(b"content-type", [b""])[0].lower()
+        origin = headers.get(b"origin", [b""])[0].decode("latin-1")
+        if content_type.startswith(b"application/json") or not self._origins.isdisjoint((origin, "*")):
+            return False
+        if b"sec-fetch-site" in headers:  # which also knows what a proxy in front has made of the host
+            return headers[b"sec-fetch-site"][0] not in (b"same-origin", b"none")
+        host = headers.get(b"host", [b""])[0].decode("latin-1")
+        return bool(origin) and origin.partition("://")[2].lower() != host.lower()
 
 
 class _Visit:

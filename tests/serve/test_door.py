@@ -1,0 +1,88 @@
+"""The door alone, before an application that answers everything: what passes, by headers and path."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.responses import PlainTextResponse
+
+from raylm.config import BatchesConfig, GatewayConfig
+from raylm.serve.door import Door
+
+
+def status_of(
+    method: str, path: str, headers: dict[str, str], config: GatewayConfig | None = None, root_path: str = ""
+) -> int:
+    """Send a request through a door and return the status of the answer."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "root_path": root_path,
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    door = Door(PlainTextResponse("behind the door"), config or GatewayConfig(), BatchesConfig(folder="/files"))
+    asyncio.run(door(scope, receive, send))
+    status: int = sent[0]["status"]
+    return status
+
+
+FORM = {"host": "127.0.0.1:8000", "content-type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"origin": "http://127.0.0.1:8000"},
+        {"origin": "http://127.0.0.1:8000", "sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "none"},
+        {"origin": "https://behind.example", "sec-fetch-site": "same-origin"},
+        {"origin": "https://app.example", "sec-fetch-site": "cross-site"},
+        {"origin": "https://app.example"},
+        {"origin": "https://other.example", "content-type": "application/json"},
+    ],
+)
+def test_own_pages(headers: dict[str, str]) -> None:
+    """Clients that are no browsers may upload, and the endpoint's own pages, and those that the configuration names.
+
+    What other pages send as JSON is for CORS to refuse, for a browser asks first.
+    """
+    config = GatewayConfig(cors_origins=("https://app.example",))
+    assert status_of("POST", "/v1/files", FORM | headers, config) == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches/b/cancel", "/requests/r/cancel"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://other.example", "sec-fetch-site": "cross-site"},
+        {"origin": "http://127.0.0.1:3000", "sec-fetch-site": "same-site"},
+        {"origin": "null", "sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "https://other.example"},
+        {"origin": "http://127.0.0.1:3000"},
+        {"origin": "null"},
+    ],
+)
+def test_foreign_pages(path: str, headers: dict[str, str]) -> None:
+    """What a browser sends for a page of another site without asking is status 403."""
+    config = GatewayConfig(cors_origins=("https://app.example",))
+    assert status_of("POST", path, FORM | headers, config) == 403
+
+
+def test_any_page() -> None:
+    """Where the configuration lets in all pages, it does."""
+    headers = {"origin": "https://other.example", "sec-fetch-site": "cross-site"}
+    assert status_of("POST", "/v1/files", FORM | headers, GatewayConfig(cors_origins=("*",))) == 200
