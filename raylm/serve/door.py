@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette._utils import get_route_path  # what its router goes by
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -147,14 +148,14 @@ class Door:
 
     def _limit(self, scope: Scope) -> int:
         """Return how many bytes the body may have."""
-        return self._max_form_bytes if scope["path"] == _FILES_PATH else self._max_body_bytes
+        return self._max_form_bytes if get_route_path(scope) == _FILES_PATH else self._max_body_bytes
 
     def _check(self, scope: Scope, headers: Sequence[tuple[bytes, bytes]], max_body_bytes: int) -> str | None:
         """Return the session that the header names."""
         found: dict[bytes, list[bytes]] = {}
         for name, value in headers:
             found.setdefault(name.lower(), []).append(value)
-        path = scope["path"]
+        path = get_route_path(scope) or "/"  # without Serve's route_prefix
         if path not in _OPEN_PATHS and not path.startswith("/static/"):
             keys = found.get(b"authorization", [b""])
             if len(keys) > 1:

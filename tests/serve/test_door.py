@@ -86,3 +86,31 @@ def test_any_page() -> None:
     """Where the configuration lets in all pages, it does."""
     headers = {"origin": "https://other.example", "sec-fetch-site": "cross-site"}
     assert status_of("POST", "/v1/files", FORM | headers, GatewayConfig(cors_origins=("*",))) == 200
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "status"),
+    [
+        ("/llm", "/llm/", 200),
+        ("/llm", "/llm", 200),
+        ("/llm", "/llm/health", 200),
+        ("/llm", "/llm/static/app.js", 200),
+        ("/llm", "/llm/v1/models", 401),
+        ("/static", "/static/v1/models", 401),
+        ("/static", "/static/health", 200),
+        ("/static", "/static/static/app.js", 200),
+        ("", "/static/app.js", 200),
+        ("", "/llm/health", 401),
+    ],
+)
+def test_keys_under_a_prefix(monkeypatch: pytest.MonkeyPatch, root_path: str, path: str, status: int) -> None:
+    """Which paths need a key does not depend on where the application is mounted."""
+    monkeypatch.setenv("DOOR_KEYS", "key")
+    assert status_of("GET", path, {}, GatewayConfig(api_keys_env="DOOR_KEYS"), root_path) == status
+
+
+@pytest.mark.parametrize(("path", "status"), [("/llm/v1/files", 200), ("/llm/v1/chat/completions", 413)])
+def test_limits_under_a_prefix(path: str, status: int) -> None:
+    """A file may be longer than other bodies, wherever the application is mounted."""
+    headers = {"content-length": "1000"}
+    assert status_of("POST", path, headers, GatewayConfig(max_body_bytes=100), "/llm") == status
