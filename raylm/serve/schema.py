@@ -879,7 +879,7 @@ class CompletionWire(_OpenAIWire):
             text = (b"".join(map(_bytes, prompt_texts)).decode(errors="replace") if spelled is None else spelled) + text
         if not self._logprobs:
             return TextChoice(index, text, None, finish_reason)
-        tokens = [*prompt_texts, *details.token_texts]
+        tokens = [*prompt_texts, *(details.token_texts or ("",) * len(logprobs))]  # some servers do not spell them
         values: list[float | None] = [*details.prompt_logprobs[: len(prompt_texts)], *logprobs]
         tops: list[dict[str, float] | None] = [
             dict(candidates)
@@ -889,10 +889,13 @@ class CompletionWire(_OpenAIWire):
             values[0] = None  # nothing comes before the first token
             if tops:
                 tops[0] = None
+        begin = self._offsets[index]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(_bytes(token).decode(errors="replace"))
+        if not details.token_texts:
+            self._offsets[index] = begin + len(text)
         return TextChoice(index, text, TextLogprobs(tokens, values, tops or None, offsets), finish_reason)
 
 
