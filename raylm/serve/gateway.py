@@ -206,6 +206,8 @@ class Gateway:
         )
         if body.is_turn:
             _only_one_choice(body.n)
+            if body.echo:
+                raise InvalidRequestError("echo: a turn of a session answers with its own text alone")
             if len(prompts) > 1 or not isinstance(prompts[0], str):
                 raise InvalidRequestError("prompt: a session takes one prompt of text at a time")
             turn = self._turn(

@@ -225,6 +225,13 @@ def test_kinds_do_not_mix(simulated_endpoint: ServeCommand, session_id: str) -> 
     assert response.json()["error"]["param"] == "session_id"
 
 
+def test_no_echo_in_a_session(simulated_endpoint: ServeCommand, session_id: str) -> None:
+    """A turn is not echoed: its prompt is the whole transcript, and the client has sent a part of it."""
+    body = {"prompt": "one", "session_id": session_id, "sequence_start": True, "echo": True}
+    response = simulated_endpoint.post("/v1/completions", body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "echo")
+
+
 def test_unknown_session(simulated_endpoint: ServeCommand, session_id: str) -> None:
     """A session that was never begun is unknown on every route but /stream_chat, which has a status for it."""
     body = {"prompt": "two", "session_id": session_id, "sequence_start": False}
