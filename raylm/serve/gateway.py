@@ -465,9 +465,16 @@ class _StatusStream(EventStream):
             await super().__call__(scope, receive, send)
         except (SessionNotFoundError, ContextLengthError) as error:
             facts.get()["error"] = type(error).__name__
-            status = Status.SESSION_CLOSED if isinstance(error, SessionNotFoundError) else Status.SESSION_OUT_OF_LIMIT
-            body = event({"status": status, "text": "", "n_tokens": 0})
-            await Response(body, media_type="text/event-stream")(scope, receive, send)
+            await Response(self._last_words(error), media_type="text/event-stream")(scope, receive, send)
+
+    def _last_words(self, error: Exception) -> bytes:
+        if isinstance(error, SessionNotFoundError):
+            status = Status.SESSION_CLOSED
+        elif isinstance(error, ContextLengthError):
+            status = Status.SESSION_OUT_OF_LIMIT
+        else:
+            return super()._last_words(error)
+        return event({"status": status, "text": "", "n_tokens": 0})
 
 
 def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:

@@ -64,9 +64,13 @@ class EventStream(Response):
             facts.get()["error"] = type(error).__name__
             if not isinstance(error, RaylmError):
                 _log.exception("a stream met an error of the gateway itself")
-            await writer.write(error_event(error), last=True)
+            await writer.write(self._last_words(error), last=True)
         else:
             await writer.write(self._wire.close(usages), last=True)
+
+    def _last_words(self, error: Exception) -> bytes:
+        """Return what ends a stream that has begun and cannot go on."""
+        return error_event(error)
 
     async def _answer(self, index: int, turn: Turn, writer: _Writer) -> Usage:
         wire = self._wire

@@ -280,6 +280,17 @@ def test_heartbeat(strict_endpoint: ServeCommand) -> None:
     assert text.endswith("data: [DONE]\n\n")
 
 
+def test_outgrown_after_a_heartbeat(strict_endpoint: ServeCommand) -> None:
+    """A conversation that outgrows the context has status -3, also when the client has heard a heartbeat before."""
+    running = {"model": "slow", **HELLO, "max_tokens": 50, "stream": True}
+    with requests.post(strict_endpoint.url + CHAT, json=running, headers=KEY, stream=True, timeout=60) as first:
+        assert first.status_code == 200
+        body = {"model": "slow", "inputs": "word " * 9000, "session_id": uuid.uuid4().hex}
+        text = strict_endpoint.post("/stream_chat", body, headers=KEY).text
+    assert text.startswith(": heartbeat\n\n")
+    assert text.endswith('data: {"status":-3,"text":"","n_tokens":0}\n\n')
+
+
 def test_failure_in_mid_stream(strict_endpoint: ServeCommand) -> None:
     """A stream whose engine fails, with no attempt left, ends with an `error` event."""
     body = {"model": "slow", "messages": [{"role": "user", "content": "FAIL"}], "stream": True}
