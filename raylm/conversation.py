@@ -86,7 +86,10 @@ class Conversations:
             SessionBusyError: another turn of it is running.
             SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript.
             RequestCancelledError: `cancel` was called before the pool had the request.
-            RaylmError: whatever the generation raised. The session is as it was before the turn.
+            RaylmError: whatever the generation raised.
+
+        A turn that fails, or is left before its end, leaves the session as it was. With `start` there is none then: one
+        of that id ends when the turn begins.
         """
         self._pool.check_open()  # the store may have ended with it
         arrival = _Arrival(make_request(messages).request_id)  # what is wrong is told before a session is touched
