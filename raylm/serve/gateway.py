@@ -337,8 +337,11 @@ class Gateway:
     # The state of things
 
     async def health(self) -> Response:
-        """Say whether every model has an actor, or gets one when there is work."""
-        down = [name for name, served in self._served.items() if not served.answers]
+        """Say whether every model that is still served has an actor, or gets one when there is work."""
+        served = self._still_served
+        if not served:
+            raise NoActorError("every model has been ended; `raylm up` serves them again", retry_after_s=_RETRY_AFTER_S)
+        down = [each.config.name for each in served if not each.answers]
         if down:
             raise NoActorError(f"no actor is up for {', '.join(down)}", retry_after_s=_RETRY_AFTER_S)
         return JSON(Health())
