@@ -139,7 +139,13 @@ class Conversations:
 
     @asynccontextmanager
     async def pinned(
-        self, request: Request, session_id: str, *, lane: Lane = "interactive", timeout_s: float | None = None
+        self,
+        request: Request,
+        session_id: str,
+        *,
+        lane: Lane = "interactive",
+        timeout_s: float | None = None,
+        silence_s: float | None = None,
     ) -> AsyncIterator[Stream]:
         """Run a request of a session that is a name alone, in the slot that all pools agree on.
 
@@ -148,13 +154,16 @@ class Conversations:
             session_id: The session.
             lane: As in `Pool.stream`.
             timeout_s: As in `Pool.stream`.
+            silence_s: As in `Pool.stream`.
 
         Raises:
             RequestCancelledError: `cancel` was called before the pool had the request.
             RaylmError: as in `Pool.stream`.
         """
         slot = await self._slot(session_id, request.request_id)
-        async with self._pool.stream(request, lane=lane, session_id=session_id, timeout_s=timeout_s) as stream:
+        async with self._pool.stream(
+            request, lane=lane, session_id=session_id, timeout_s=timeout_s, silence_s=silence_s
+        ) as stream:
             yield stream
         if stream.receipt is not None:
             await self._follow(session_id, slot, stream.receipt.slot)

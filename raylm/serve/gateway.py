@@ -254,14 +254,12 @@ class Gateway:
             return JSON({"results": shown})
         if not body.inputs:
             raise InvalidRequestError("inputs: the prompt is empty; send at least one character")
-        turn = self._turn(
+        turn = self._seed_turn(
             served,
             (Message(RAW_ROLE, body.inputs),),
             lambda transcript: _raw_request(request_id, _raw_text(transcript), config),
             session_id,
-            start=body.sequence_start,
-            end=body.sequence_end,
-            silence_s=body.timeout,
+            body,
         )
         async with turn as stream:
             completion = await stream.completion()
@@ -277,14 +275,12 @@ class Gateway:
             raise InvalidRequestError("inputs: send at least one message")
         session_id = _session(http, body.session_id)
         request_id = self._note(served, body.request_id, session_id, None, messages)
-        turn = self._turn(
+        turn = self._seed_turn(
             served,
             messages,
             lambda transcript: _chat_request(served, request_id, transcript, config),
             session_id,
-            start=body.sequence_start,
-            end=body.sequence_end,
-            silence_s=body.timeout,
+            body,
         )
         wire = StreamChatWire(stream=body.stream)
         return _StatusStream([turn], wire, self._config.gateway.heartbeat_s)
@@ -430,6 +426,29 @@ class Gateway:
             return _alone(served, make_request(messages), timeout_s=timeout_s, silence_s=silence_s)
         return served.conversations.turn(
             session_id, messages, make_request, start=start, end=end, timeout_s=timeout_s, silence_s=silence_s
+        )
+
+    def _seed_turn(
+        self,
+        served: ServedPool,
+        messages: tuple[Message, ...],
+        make_request: Callable[[tuple[Message, ...]], Request],
+        session_id: str | None,
+        body: GenerateBody | StreamChatBody,
+    ) -> Turn:
+        if session_id is not None and not body.is_turn:
+            timeout_s = self._config.gateway.request_timeout_s
+            return served.conversations.pinned(
+                make_request(messages), session_id, timeout_s=timeout_s, silence_s=body.timeout
+            )
+        return self._turn(
+            served,
+            messages,
+            make_request,
+            session_id,
+            start=body.sequence_start,
+            end=body.sequence_end,
+            silence_s=body.timeout,
         )
 
     async def _respond(self, turns: Sequence[Turn], wire: Wire, *, stream: bool) -> Response:

@@ -264,7 +264,11 @@ class CompletionBody(_OpenAI):
 class _Seed(_Session):
     """What the routes with the seed's words take."""
 
-    sequence_start: bool = Field(True, description="Begin the session, in place of one of that id.")
+    sequence_start: bool = Field(
+        True,
+        description="Begin the session, in place of one of that id. A session that only the header x-session-id names "
+        "has a transcript where this or sequence_end is given.",
+    )
     sequence_end: bool = Field(True, description="Forget the session when the turn is over.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(30, description="Seconds in which nothing happens, at most.")
     ignore_eos: bool = False
@@ -278,6 +282,11 @@ class _Seed(_Session):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stop_words: StopWords | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+
+    @property
+    def is_turn(self) -> bool:
+        """Whether this is a turn of a session whose transcript is kept here, if it is one of a session at all."""
+        return self.session_id is not None or not self.model_fields_set.isdisjoint({"sequence_start", "sequence_end"})
 
     def to_config(self) -> GenerationConfig:
         """Return how to generate; what is not said, or null, is as in the seed's classes. `top_k` may be null."""

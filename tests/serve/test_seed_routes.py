@@ -283,6 +283,32 @@ def test_affinity(simulated_endpoint: ServeCommand, session_id: str, where: str)
     assert len(set(slots)) == 1
 
 
+@pytest.mark.parametrize("path", ["/generate", "/stream_chat"])
+def test_header_alone(simulated_endpoint: ServeCommand, session_id: str, path: str) -> None:
+    """On the seed's routes the header alone pins too: no transcript begins or ends, and requests may run together."""
+    stream_chat(simulated_endpoint, "one", session_id=session_id, sequence_end=False)
+    before = simulated_endpoint.get(f"/sessions/{session_id}").json()
+    long = {"inputs": "hello", "max_new_tokens": 8000}
+    headers = {"x-session-id": session_id}
+    with simulated_endpoint.post("/stream_chat", long, headers=headers, stream=True) as running:
+        next(events(running))
+        response = simulated_endpoint.post(path, {"inputs": "hello", **GREEDY}, headers=headers)
+        assert response.status_code == 200, response.text
+        assert response.headers["x-raylm-slot"] == running.headers["x-raylm-slot"] == str(before["slot"])
+        assert response.headers["x-raylm-why"] == "pinned"
+    assert simulated_endpoint.get(f"/sessions/{session_id}").json() == before
+
+
+def test_header_of_a_turn(simulated_endpoint: ServeCommand, session_id: str) -> None:
+    """With a word on the sequence, a request whose session is in the header is a turn of it."""
+    headers = {"x-session-id": session_id}
+    body = {"inputs": "one ", "sequence_end": False, **GREEDY}
+    first = simulated_endpoint.post("/generate", body, headers=headers).json()["text"]
+    body = {"inputs": "two", "sequence_start": False, **GREEDY}
+    second = simulated_endpoint.post("/generate", body, headers=headers).json()["text"]
+    assert second == greedy_text(f"one {first}two", 6)
+
+
 def test_sessions_spread(simulated_endpoint: ServeCommand) -> None:
     """New sessions go to both slots."""
     slots = set()
