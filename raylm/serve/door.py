@@ -132,6 +132,8 @@ class Door:
                 await response(scope, receive, visit.send)
                 return
             scope.setdefault("state", {})["session_id"] = session_id
+            if session_id is not None:
+                about["session_id"] = session_id
             try:
                 await self._app(scope, visit.receive, visit.send)
             except Exception:
@@ -222,8 +224,9 @@ class _Visit:
             self.status = message["status"]
             headers = message.setdefault("headers", [])
             headers += _SAFETY_HEADERS
-            if "request_id" in self._about:
-                headers.append((b"x-raylm-request-id", self._about["request_id"].encode()))
+            request_id = str(self._about.get("request_id", ""))
+            if request_id and all("!" <= char <= "~" for char in request_id):  # else it is one that was refused
+                headers.append((b"x-raylm-request-id", request_id.encode()))
         await self._send(message)
 
     async def receive(self) -> Message:

@@ -160,12 +160,12 @@ class Gateway:
 
     async def chat_completions(self, body: ChatCompletionBody, http: HTTPRequest) -> Response:
         """Answer a conversation."""
+        request_id, session_id = _identify(body, http, body.user)
         served = self._find(body.model)
         config = body.to_config()
         self._check_number("n", body.n or 1)
         messages = tuple(message.to_message() for message in body.messages)
-        session_id = _session(http, body.session_id)
-        request_id = self._note(served, body.request_id, session_id, body.user, messages)
+        self._note_text(messages)
         wire = ChatWire(
             f"chatcmpl-{request_id}",
             served.config.name,
@@ -190,12 +190,12 @@ class Gateway:
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
         """Continue raw prompts."""
+        request_id, session_id = _identify(body, http, body.user)
         served = self._find(body.model)
         config = body.to_config()
         prompts = body.to_prompts()
         self._check_number("prompt", len(prompts) * (body.n or 1))
-        session_id = _session(http, body.session_id)
-        request_id = self._note(served, body.request_id, session_id, body.user, prompts)
+        self._note_text(prompts)
         wire = CompletionWire(
             f"cmpl-{request_id}",
             served.config.name,
@@ -230,10 +230,10 @@ class Gateway:
 
     async def generate(self, body: GenerateBody, http: HTTPRequest) -> Response:
         """Continue one prompt, or many: then each has its own answer or error."""
+        request_id, session_id = _identify(body, http)
         served = self._find(body.model)
         config = body.to_config()
-        session_id = _session(http, body.session_id)
-        request_id = self._note(served, body.request_id, session_id, None, body.inputs)
+        self._note_text(body.inputs)
         if isinstance(body.inputs, list):
             if not (body.sequence_start and body.sequence_end):
                 raise InvalidRequestError("inputs: a session's transcript takes one prompt at a time, not a list")
@@ -268,13 +268,13 @@ class Gateway:
 
     async def stream_chat(self, body: StreamChatBody, http: HTTPRequest) -> Response:
         """Answer one turn of a conversation, as events of status, text so far and number of tokens."""
+        request_id, session_id = _identify(body, http)
         served = self._find(body.model)
         config = body.to_config()
         messages = body.to_messages()
         if not messages:
             raise InvalidRequestError("inputs: send at least one message")
-        session_id = _session(http, body.session_id)
-        request_id = self._note(served, body.request_id, session_id, None, messages)
+        self._note_text(messages)
         turn = self._seed_turn(
             served,
             messages,
@@ -320,6 +320,7 @@ class Gateway:
 
     async def cancel_request(self, request_id: SessionPath) -> Response:
         """Abort a request. Where another gateway has it, that one is asked to: status 202."""
+        facts.get()["request_id"] = request_id
         served = list(self._served.values())  # one that has ended may run it
         here = [each.cancel(request_id) for each in served]
         if any(here):
@@ -374,6 +375,7 @@ class Gateway:
             served = self._served[model]
         else:
             raise ModelNotFoundError(f"model: no {model!r} is served here; there are: {', '.join(self._served)}")
+        facts.get()["model"] = served.config.name
         served.pool.check_open()
         return served
 
@@ -383,20 +385,9 @@ class Gateway:
                 f"{param}: at most {self._config.gateway.max_prompts} prompts and choices at a time"
             )
 
-    def _note(
-        self, served: ServedPool, request_id: str | None, session_id: str | None, user: str | None, text: object
-    ) -> str:
-        """Make what is known of a request part of its lines of log; return its id."""
-        request_id = request_id or uuid.uuid4().hex
-        about = facts.get()
-        about |= {"model": served.config.name, "request_id": request_id}
-        if session_id is not None:
-            about["session_id"] = session_id
-        if user is not None:
-            about["user"] = user
+    def _note_text(self, text: object) -> None:
         if self._config.gateway.log_prompts:
-            about["text"] = text
-        return request_id
+            facts.get()["text"] = text
 
     def _all(self, served: ServedPool, requests: Sequence[Request], session_id: str | None) -> list[Turn]:
         """Return a turn for each of several requests that are no turns of a session kept here."""
@@ -466,6 +457,7 @@ class Gateway:
         raise first
 
     async def _session(self, session_id: str, model: str | None) -> tuple[ServedPool, Any]:
+        facts.get()["session_id"] = session_id
         candidates = [self._find(model)] if model is not None else self._still_served
         for served in candidates:
             try:
@@ -601,6 +593,23 @@ def _file(name: str) -> Response:
     return FileResponse(str(files("raylm.serve") / "static" / name))
 
 
+def _identify(
+    body: ChatCompletionBody | CompletionBody | GenerateBody | StreamChatBody,
+    http: HTTPRequest,
+    user: str | None = None,
+) -> tuple[str, str | None]:
+    """Return the ids of a request and of its session, and make them part of its lines of log."""
+    request_id = body.request_id or uuid.uuid4().hex
+    about = facts.get()
+    about["request_id"] = request_id
+    if user is not None:
+        about["user"] = user
+    session_id = _session(http, body.session_id)
+    if session_id is not None:
+        about["session_id"] = session_id
+    return request_id, session_id
+
+
 def _session(http: HTTPRequest, in_body: str | int | None) -> str | None:
     in_header: str | None = http.state.session_id
     body = None if in_body is None else str(in_body)
@@ -672,7 +681,11 @@ async def _on_invalid(_: HTTPRequest, invalid: RequestValidationError) -> Respon
     else:
         param, message = where[0], f"{'.'.join(where)}: {problem['msg']}"
     error = InvalidRequestError(message)
-    facts.get({}).update(error=type(error).__name__)
+    sent = invalid.body if isinstance(invalid.body, dict) else {}
+    ids = {
+        name: str(sent[name])[:200] for name in ("request_id", "session_id") if isinstance(sent.get(name), str | int)
+    }
+    facts.get({}).update(ids, error=type(error).__name__)
     return JSON(error_body(error, param), status_code=error.status_code)
 
 

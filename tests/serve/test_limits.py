@@ -415,6 +415,58 @@ def test_log(simulated_endpoint: ServeCommand) -> None:
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file
 
 
+def test_log_of_refusals(simulated_endpoint: ServeCommand) -> None:
+    """A request that is refused, at whatever point, is told with the ids that it came with."""
+    refused = {"nonsense": 1}, {"model": "unknown"}, {"best_of": 3}, {"prompt": ""}, {"sequence_start": True, "n": 2}
+    names = [uuid.uuid4().hex for _ in refused]
+    for name, wrong in zip(names, refused, strict=True):
+        body = {"prompt": "a", "request_id": name, "session_id": f"session-of-{name}", **wrong}
+        response = simulated_endpoint.post("/v1/completions", body)
+        assert response.status_code in (400, 404)
+        assert response.headers["x-raylm-request-id"] == name
+    told: dict[str, dict[str, Any]] = {}
+
+    def complete() -> bool:
+        told.update({str(line.get("request_id")): line for line in _log_lines(simulated_endpoint)})
+        return all(name in told for name in names)
+
+    wait_for(complete)
+    assert [told[name]["session_id"] for name in names] == [f"session-of-{name}" for name in names]
+
+
+def test_log_of_a_header(simulated_endpoint: ServeCommand) -> None:
+    """The session that the header names is told also where the body cannot be read."""
+    name = uuid.uuid4().hex
+    headers = {"x-session-id": name, "content-type": "application/json"}
+    assert simulated_endpoint.post("/v1/completions", data=b"{", headers=headers).status_code == 400
+    wait_for(lambda: [line for line in _log_lines(simulated_endpoint) if line.get("session_id") == name])
+
+
+def test_log_of_sessions_and_cancelling(simulated_endpoint: ServeCommand) -> None:
+    """What is done to a session or a request is told with its id."""
+    name = uuid.uuid4().hex
+    simulated_endpoint.get(f"/sessions/{name}")
+    simulated_endpoint.delete(f"/sessions/{name}")
+    simulated_endpoint.post(f"/sessions/{name}/fork", {"session_id": "a-copy"})
+    simulated_endpoint.post(f"/requests/{name}/cancel")
+
+    def told(field: str) -> list[tuple[str, str]]:
+        lines = [line for line in _log_lines(simulated_endpoint) if line.get(field) == name]
+        return sorted((line["method"], line["path"]) for line in lines)
+
+    of_session = [("DELETE", f"/sessions/{name}"), ("GET", f"/sessions/{name}"), ("POST", f"/sessions/{name}/fork")]
+    wait_for(lambda: told("session_id") == of_session and told("request_id") == [("POST", f"/requests/{name}/cancel")])
+
+
+@pytest.mark.parametrize("evil", ["a\r\nx-evil: 1", "\u20ac", " a", "a" * 1000])
+def test_refused_id_is_in_no_header(simulated_endpoint: ServeCommand, evil: str) -> None:
+    """An id that is refused adds nothing of its own to the headers of the answer."""
+    response = simulated_endpoint.post("/v1/completions", {"prompt": "a", "request_id": evil})
+    assert response.status_code == 400
+    assert "x-evil" not in response.headers
+    assert len(response.headers.get("x-raylm-request-id", "")) <= 200
+
+
 def test_log_prompts() -> None:
     """Where the endpoint is told so, the text is in the log."""
     config = {"models": [{"name": "sim", "engines": [{"kind": "simulated"}]}], "gateway": {"log_prompts": True}}
