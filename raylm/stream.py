@@ -135,13 +135,12 @@ class Stream:
         self._num_read = index + 1
         return deltas[index]
 
-    async def news(self) -> Delta | None:
+    async def news(self) -> Delta:
         """Wait for something to tell, and return all of it in one delta.
 
         Returns:
             Everything that has come since the last call: one delta when it is called often enough, and fewer and
-            fuller ones for a slow reader. The one with a finish reason is the last: ask for no more after it. None
-            when there was nothing but a `nudge`.
+            fuller ones for a slow reader. The one with a finish reason is the last: ask for no more after it.
 
         Raises:
             RaylmError: the request failed; what came before the failure was returned first.
@@ -150,10 +149,8 @@ class Stream:
         if index == len(deltas):
             if not self.done:
                 await self._news()
-            if index == len(deltas):
-                if self._error is not None:
-                    raise self._error
-                return None
+            if self._error is not None and index == len(deltas):
+                raise self._error
         end = self._num_read = len(deltas)
         if end == index + 1:
             return deltas[index]
@@ -161,10 +158,6 @@ class Stream:
         for later in deltas[index + 1 : end]:
             delta.extend(later)
         return delta
-
-    def nudge(self) -> None:
-        """Have `news` return now, even without any."""
-        self._wake()
 
     @property
     def receipt(self) -> Receipt | None:

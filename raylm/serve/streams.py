@@ -1,7 +1,7 @@
 """Server-sent events: an answer on its way to a client.
 
 A failure before the first event is an ordinary HTTP error, for nothing has been sent. After it, it is an `error` event:
-a stream never just ends.
+a stream never just ends. A comment that breaks a long silence counts as an event.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send all of it."""
         writer = _Writer(send)
+        with _Heart(writer, self._heartbeat_s):
+            await self._respond(writer)
+
+    async def _respond(self, writer: _Writer) -> None:
         try:
             if len(self._turns) == 1:
                 usages = [await self._answer(0, self._turns[0], writer)]
@@ -75,18 +79,18 @@ class EventStream(Response):
     async def _answer(self, index: int, turn: Turn, writer: _Writer) -> Usage:
         wire = self._wire
         async with turn as stream:
-            with _Heart(stream, writer, self._heartbeat_s):
+            writer.stream = stream
+            delta = await stream.news()
+            writer.stream = stream  # of several choices, the first that is heard of
+            head = wire.begin(index)
+            while True:
+                data = wire.delta(index, delta)
+                if data or head:
+                    await writer.write(head + data)
+                    head = b""
+                if delta.finish_reason is not None:
+                    break
                 delta = await stream.news()
-                await writer.begin(stream.attempt)
-                head = wire.begin(index)
-                while True:
-                    data = HEARTBEAT if delta is None else wire.delta(index, delta)
-                    if data or head:
-                        await writer.write(head + data)
-                        head = b""
-                    if delta is not None and delta.finish_reason is not None:
-                        break
-                    delta = await stream.news()
         # After the block, which adds a turn to its session: who sees the end may go on with the next turn.
         if stream.receipt is None:
             raise AssertionError("unreachable: the last delta comes with the receipt")
@@ -106,39 +110,64 @@ class EventStream(Response):
 
 
 class _Writer:
-    """Sends the parts of one response, of which each is whole events."""
+    """Sends the parts of one response, of which each is whole events.
+
+    Attributes:
+        started: Status and headers have been sent, or are about to be.
+        stream: Whose attempt the headers tell of; None: of none yet.
+        written_at: When the latest write began, of the loop's time.
+    """
 
     def __init__(self, send: Send) -> None:
         self.started = False
+        self.stream: Stream | None = None
         self._send = send
         self._loop = asyncio.get_running_loop()
-        self._turn = asyncio.Lock()  # several choices write, and each waits while the client does not read
+        self._turn = asyncio.Lock()  # choices and heartbeats write, and each waits while the client does not read
         self.written_at = self._loop.time()
+        self._ended = False
 
-    async def begin(self, attempt: dict[str, str]) -> None:
-        """Send status and headers, once."""
-        if self.started:
-            return
-        self.started = True
-        raw = [(f"x-raylm-{name}".encode(), value.encode()) for name, value in attempt.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is on its way."""
+        return self._turn.locked()
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
-        """Send a part of the body."""
+        """Send a part of the body, and before the first one status and headers."""
         async with self._turn:
-            self.written_at = self._loop.time()
-            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+            await self._write(data, last=last)
+
+    async def beat(self, interval_s: float) -> None:
+        """Send a comment, unless there has been something else meanwhile."""
+        async with self._turn:
+            if not self._ended and self._loop.time() >= self.written_at + interval_s:
+                await self._write(HEARTBEAT)
+
+    async def _write(self, data: bytes, *, last: bool = False) -> None:
+        self._ended = last
+        self.written_at = self._loop.time()
+        if not self.started:
+            self.started = True
+            attempt = {} if self.stream is None else self.stream.attempt
+            raw = [(f"x-raylm-{name}".encode(), value.encode()) for name, value in attempt.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
 class _Heart:
-    """Nudges a stream whose client has heard nothing for too long."""
+    """Sends a comment when the client has heard nothing for too long.
 
-    def __init__(self, stream: Stream, writer: _Writer, interval_s: float) -> None:
-        self._stream = stream
+    Args:
+        writer: Sends the response.
+        interval_s: The silence before a comment.
+    """
+
+    def __init__(self, writer: _Writer, interval_s: float) -> None:
         self._writer = writer
         self._interval_s = interval_s
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._beating: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
         self._timer = self._loop.call_later(self._interval_s, self._beat)
@@ -147,10 +176,14 @@ class _Heart:
     def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._beating is not None:
+            self._beating.cancel()
 
     def _beat(self) -> None:
-        left_s = self._writer.written_at + self._interval_s - self._loop.time()
-        if left_s <= 0:
-            self._stream.nudge()
-            left_s = self._interval_s
-        self._timer = self._loop.call_later(left_s, self._beat)
+        next_s = self._writer.written_at + self._interval_s - self._loop.time()
+        if next_s <= 0:
+            next_s = self._interval_s
+            if not self._writer.is_writing:
+                # A task of its own: the response's may be waiting for its session's store.
+                self._beating = self._loop.create_task(self._writer.beat(self._interval_s))
+        self._timer = self._loop.call_later(next_s, self._beat)
