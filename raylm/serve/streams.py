@@ -15,7 +15,7 @@ from typing import Self
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, RequestTimeoutError
 from raylm.messages import Usage
 from raylm.serve.door import facts, note
 from raylm.serve.schema import HEARTBEAT, Wire, error_event
@@ -23,6 +23,13 @@ from raylm.stream import Stream
 
 Turn = AbstractAsyncContextManager[Stream]
 """What makes a stream, and ends what has to end with it."""
+
+MAX_STALL_S = 60.0
+"""A client that takes nothing of what waits for it has its request aborted after this long: its session would be held
+as long. What it has to take is some tens of kilobytes, what server and kernel keep for it aside."""
+
+_PIECE_BYTES = 2**14
+"""More is sent piece by piece, so that a slow client is seen to read."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +60,17 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send all of it."""
         writer = _Writer(send)
-        with _Heart(writer, self._heartbeat_s):
-            await self._respond(writer)
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                with _Heart(writer, self._heartbeat_s, limit):
+                    await self._respond(writer)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            # Left without its end, so that the server cuts the connection.
+            facts.get()["error"] = RequestTimeoutError.__name__
+            _log.warning("the client has read nothing for %g s: its request is aborted", MAX_STALL_S)
 
     async def _respond(self, writer: _Writer) -> None:
         try:
@@ -151,26 +167,32 @@ class _Writer:
             attempt = {} if self.stream is None else self.stream.attempt
             raw = [(f"x-raylm-{name}".encode(), value.encode()) for name, value in attempt.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
+        while len(data) > _PIECE_BYTES:
+            await self._send({"type": "http.response.body", "body": data[:_PIECE_BYTES], "more_body": True})
+            data = data[_PIECE_BYTES:]
+            self.written_at = self._loop.time()
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
 class _Heart:
-    """Sends a comment when the client has heard nothing for too long.
+    """Sends a comment when the client has heard nothing for too long, and ends the response of one that does not read.
 
     Args:
         writer: Sends the response.
         interval_s: The silence before a comment.
+        limit: Expires when a write has got nowhere for `MAX_STALL_S`.
     """
 
-    def __init__(self, writer: _Writer, interval_s: float) -> None:
+    def __init__(self, writer: _Writer, interval_s: float, limit: asyncio.Timeout) -> None:
         self._writer = writer
         self._interval_s = interval_s
+        self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._beating: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
-        self._timer = self._loop.call_later(self._interval_s, self._beat)
+        self._timer = self._loop.call_later(min(self._interval_s, MAX_STALL_S), self._beat)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,10 +202,16 @@ class _Heart:
             self._beating.cancel()
 
     def _beat(self) -> None:
-        next_s = self._writer.written_at + self._interval_s - self._loop.time()
-        if next_s <= 0:
+        now = self._loop.time()
+        silent_s = now - self._writer.written_at
+        next_s = self._interval_s - silent_s
+        if self._writer.is_writing:
+            if silent_s >= MAX_STALL_S:
+                self._limit.reschedule(now)
+                return
+            next_s = min(self._interval_s, MAX_STALL_S - silent_s)
+        elif next_s <= 0:
+            # A task of its own: the response's may be waiting for its session's store.
+            self._beating = self._loop.create_task(self._writer.beat(self._interval_s))
             next_s = self._interval_s
-            if not self._writer.is_writing:
-                # A task of its own: the response's may be waiting for its session's store.
-                self._beating = self._loop.create_task(self._writer.beat(self._interval_s))
-        self._timer = self._loop.call_later(next_s, self._beat)
+        self._timer = self._loop.call_later(min(next_s, MAX_STALL_S), self._beat)

@@ -1,4 +1,4 @@
-"""Streams whose session store stands still, on a server in this process of the kind that Serve has."""
+"""Streams whose session store, or whose client, stands still, on a server in this process of the kind Serve has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from raylm.config import GatewayConfig, SimulatedConfig
 from raylm.engines.simulated import greedy_text, prompt_text
+from raylm.errors import SessionBusyError
 from raylm.messages import GenerationConfig, Message, Request
+from raylm.serve import streams
 from raylm.serve.door import Door
 from raylm.serve.schema import StreamChatWire
 from raylm.serve.streams import EventStream, Turn
@@ -157,3 +159,40 @@ async def test_heartbeats_with_headers(start_pool: StartPool, visit: Visit) -> N
     assert b"x-raylm-slot: 0\r\n" in client.heard
     await client.read_until(b"0\r\n\r\n")
     assert client.events[-1]["text"] == answer(5)
+
+
+async def test_client_stops_reading(start_pool: StartPool, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that stops reading has its request aborted and its connection cut, and its session is free."""
+    monkeypatch.setattr(streams, "MAX_STALL_S", 0.5)
+    running = await start_pool(SimulatedConfig(tokens_per_s=1000, max_context=10**6))
+    client = await visit(EventStream([turn_of(running, 10**5)], StreamChatWire(stream=True), 0.1))
+    await client.read_until(b"data: ")
+    with pytest.raises(SessionBusyError):
+        async with turn_of(running, 5):
+            raise AssertionError
+    async with asyncio.timeout(_TIMEOUT_S):
+        while running.pool.statistics().num_running:
+            await asyncio.sleep(0.01)
+        assert running.pool.statistics().num_aborted == 1
+        while True:
+            with suppress(SessionBusyError):
+                async with turn_of(running, 5) as stream:
+                    assert (await stream.completion()).text == answer(5)
+                break
+    with suppress(ConnectionResetError):
+        while await client.read():
+            pass
+    assert not client.heard.endswith(b"0\r\n\r\n")
+
+
+async def test_client_reads_slowly(start_pool: StartPool, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads slowly, but does, gets all of an answer that comes in one piece."""
+    monkeypatch.setattr(streams, "MAX_STALL_S", 1)
+    running = await start_pool(SimulatedConfig(tokens_per_s=10**5, max_context=10**6))
+    client = await visit(EventStream([turn_of(running, 10**5)], StreamChatWire(stream=False), 10))
+    began = asyncio.get_running_loop().time()
+    while not client.heard.endswith(b"0\r\n\r\n"):
+        assert await client.read(2**14)
+        await asyncio.sleep(0.05)
+    assert asyncio.get_running_loop().time() - began > 2
+    assert b'"status":0' in client.heard
