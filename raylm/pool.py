@@ -490,19 +490,27 @@ class Pool:
         Raises:
             InvalidRequestError: the engines cannot tell, or cannot take that prompt.
             NoActorError: the pool is closed, or none of its slots is up.
+            RequestTimeoutError: the actor that was asked is silent for as long as a first token may take.
             RaylmError: it has ended; see `end`.
         """
         self.check_open()
         message = _encode(request)
+        timeout_s = self._first_token_timeout_s
         for link in sorted(self._links.values(), key=lambda link: len(link.streams)):
             if link.state != "up":
                 continue
             try:
-                token_ids: list[int] = await link.actor.tokenize.remote(message)
+                async with asyncio.timeout(timeout_s):
+                    token_ids: list[int] = await link.actor.tokenize.remote(message)
             except ray.exceptions.RayActorError:
                 continue  # the poll in flight tells too
             except ray.exceptions.RayTaskError as error:
                 raise unwrap(error) from None
+            except TimeoutError:
+                self._suspect(link)
+                raise RequestTimeoutError(
+                    f"slot {link.number} has not answered within {timeout_s:g} s; try again, and another is asked"
+                ) from None
             return token_ids
         raise NoActorError("no slot of the pool is up; wait until an engine has started, and try again")
 

@@ -1,9 +1,8 @@
 """ServedPool: a pool on the actors of a served model, whoever else uses them.
 
 Its slots are those that the model's manager publishes, its sessions are in the store that all pools of the model share,
-and a request may be cancelled from any of them. When the manager's process dies, pool and streams go on without it
-until Ray has started the next one. When it has been ended for good the model is served no longer, and all that waits or
-comes is told so.
+and a request may be cancelled from any of them. When the manager's process dies, or stands still, pool and streams go
+on without it. When it has been ended for good the model is served no longer, and all that waits or comes is told so.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import msgspec
 import ray
 import ray.exceptions
 
-from raylm.actors.manager_actor import Membership, find, has_ended, told
+from raylm.actors.manager_actor import ANSWER_TIMEOUT_S, Membership, find, has_ended, told
 from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
@@ -102,11 +101,11 @@ class ServedPool:
         """Return what all pools of the model do.
 
         Raises:
-            NoActorError: the manager is being restarted.
+            NoActorError: the manager is being restarted, or does not answer.
             ModelNotFoundError: the model has been ended.
         """
         self.pool.check_open()
-        state = _decode_state(await told(self._manager.state.remote()))
+        state = _decode_state(await told(self._manager.state.remote(), timeout_s=ANSWER_TIMEOUT_S))
         state.num_sessions = await self.conversations.num_sessions()
         return state
 
@@ -119,18 +118,19 @@ class ServedPool:
         """Ask all other pools of the model to abort a request.
 
         Raises:
-            NoActorError: the manager is being restarted.
+            NoActorError: the manager is being restarted, or does not answer.
         """
         if self.is_served:
-            await told(self._manager.cancel.remote(request_id))
+            await told(self._manager.cancel.remote(request_id), timeout_s=ANSWER_TIMEOUT_S)
 
     async def aclose(self) -> None:
         """Leave. Requests of this pool that are still running fail; the actors go on for others."""
         await self._tasks.aclose()
         await self.pool.aclose()
         await self._store.aclose()
-        with suppress(ray.exceptions.RayActorError):
-            await self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
+        with suppress(ray.exceptions.RayActorError, TimeoutError):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
 
     async def __aenter__(self) -> Self:
         return self

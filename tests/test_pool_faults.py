@@ -187,3 +187,13 @@ async def test_session_survives_its_actor(start_pool: StartPool) -> None:
         if turn == 2:
             assert completion.receipt.why == "moved:died"
     assert (await running.conversations.load("s")).messages == transcript
+
+
+async def test_tokenize_at_a_process_that_stands_still(start_pool: StartPool) -> None:
+    """It is an error after the bound, and another actor is asked from then on."""
+    running = await start_pool(FAST, FAST, config=PoolConfig(first_token_timeout_s=0.5, health_timeout_s=30))
+    os.kill(running.pid(0), signal.SIGSTOP)
+    with pytest.raises(RequestTimeoutError, match="slot 0"):
+        await running.pool.tokenize(ask("tell me more"))
+    assert len(await running.pool.tokenize(ask("tell me more"))) == 3
+    os.kill(running.pid(0), signal.SIGCONT)

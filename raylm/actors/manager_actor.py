@@ -46,8 +46,8 @@ POOL_LEASE_S = 120.0
 _END_TIMEOUT_S = 30.0
 """How long a manager has to end its actors."""
 
-_ANSWER_TIMEOUT_S = 10.0
-"""How long a manager has to say what it serves."""
+ANSWER_TIMEOUT_S = 10.0
+"""How long a manager has to answer what it need not wait for. Its process may stand still."""
 
 _SUFFIX = ":manager"
 
@@ -434,7 +434,7 @@ async def served_config(model: str) -> ModelConfig | None:
     """
     manager = await asyncio.to_thread(find, model)
     try:
-        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
             return ModelConfig.model_validate_json(await manager.config.remote())
     except (TimeoutError, ray.exceptions.RayError):
         return None
@@ -479,19 +479,29 @@ async def serve(config: ModelConfig, as_of: int | None = None) -> Any:
     return manager
 
 
-async def told(call: Any) -> Any:
+async def told(call: Any, *, timeout_s: float | None = None) -> Any:
     """Return what a manager answers.
+
+    Args:
+        call: The call.
+        timeout_s: How long it may take; None: as long as it likes.
 
     Raises:
         RaylmError: what it has raised.
-        NoActorError: it is being restarted.
+        NoActorError: it is being restarted, or has not answered in time.
     """
     try:
-        return await call
+        async with asyncio.timeout(timeout_s):
+            return await call
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, RaylmError) else error) from None
     except ray.exceptions.RayActorError as error:
         raise NoActorError("the manager is being restarted; try again", retry_after_s=1.0) from error
+    except TimeoutError:
+        raise NoActorError(
+            f"the manager has not answered within {timeout_s:g} s; try again, or look at its process",
+            retry_after_s=timeout_s,
+        ) from None
 
 
 async def end(model: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import ray
 from pydantic import ValidationError
 
+import raylm.served
 from raylm import operate
 from raylm.actors import manager_actor
 from raylm.actors.cluster import actor_record
@@ -628,3 +629,23 @@ async def _knows(served: Served) -> bool:
 async def _pid(actor: Any) -> int:
     """Return the process of an actor."""
     return int((await asyncio.to_thread(actor_record, actor))["Pid"])
+
+
+async def test_a_manager_that_stands_still(serve_model: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are answered without it; what it alone knows is refused in time, and told when it goes on."""
+    monkeypatch.setattr(raylm.served, "ANSWER_TIMEOUT_S", 0.5)
+    served = await serve_model(SIMULATED)
+    load = served.load()
+    pid: int = await served.manager.__ray_call__.remote(lambda _: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(30):
+            for refused in (served.pool.state(), served.pool.cancel("unknown")):
+                with pytest.raises(NoActorError, match="has not answered within"):
+                    await refused
+            assert (await served.pool.pool.generate(ask("without it", 5))).text == greedy_text("without it", 5)
+            await load.over()
+            await served.pool.aclose()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (await served.state()).num_wanted == 1

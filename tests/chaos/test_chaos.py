@@ -87,6 +87,23 @@ async def test_manager_is_killed(chaos: Chaos) -> None:
     await (await chaos.crowd(8)).all_right()
 
 
+async def test_manager_is_stopped(chaos: Chaos) -> None:
+    """While the managers stand still, answers go on and new ones begin. What they alone know is refused in time."""
+    crowd, managers = await chaos.crowd(), await chaos.pids(MANAGER)
+    chaos.strike(*managers, number=signal.SIGSTOP)
+    try:
+        new = asyncio.create_task(chat("sim", "new while no manager answers", 20).run(chaos.http))
+        asked = [("GET", "/state"), ("GET", "/metrics"), ("POST", "/requests/unknown/cancel")]
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*(_status(chaos, *request) for request in asked)) == [503] * 3
+        assert (await new).outcome == "right", new.result()
+    finally:
+        chaos.strike(*managers, number=signal.SIGCONT)
+    recovered_s = await chaos.recovered()
+    await crowd.all_right()
+    await chaos.note(recovered_s, crowd)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 async def test_manager_and_engine_at_once(chaos: Chaos, number: signal.Signals) -> None:
     """The death of the managers, while an engine dies or hangs, costs no other engine and no answer."""
@@ -188,6 +205,13 @@ async def _settle_broken_turns(chaos: Chaos, crowd: Crowd) -> None:
             turn = [Message("user", ask.body["inputs"]), Message("assistant", ask.expected)]
             assert stored in (talk.transcript, talk.transcript + turn)
             talk.transcript = stored
+
+
+async def _status(chaos: Chaos, method: str, path: str) -> int:
+    """Return the status of an answer without a stream."""
+    async with chaos.http.request(method, path) as response:
+        await response.read()
+        return response.status
 
 
 def _num_connections(pid: int) -> int:
