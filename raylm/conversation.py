@@ -19,6 +19,7 @@ from raylm.errors import RaylmError, RequestCancelledError, SessionError, Sessio
 from raylm.messages import Completion, Lane, Message, Request
 from raylm.pool import Pool
 from raylm.stream import Stream
+from raylm.tasks import Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Conversations:
         self._store = store
         self._renew_s = turn_timeout_s / 4
         self._turns: dict[str, str] = {}  # those in progress: the session of each
+        self._tasks = Tasks("the sessions of a pool")
         self._renewing: asyncio.Task[None] | None = None  # while there are any
         self._arrivals: set[_Arrival] = set()
 
@@ -269,7 +271,7 @@ class Conversations:
     def _begin(self, session_id: str, turn_id: str) -> None:
         self._turns[turn_id] = session_id
         if self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew())
+            self._renewing = self._tasks.start(self._renew())
 
     def _over(self, turn_id: str) -> None:
         del self._turns[turn_id]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
 
 class Tasks:
     """The tasks of one owner. They are held until they end, and one that breaks is reported to its loop.
+
+    Their context is empty: they work for their owner, and what they log is not about the request that set them off.
 
     Args:
         owner: Who it is, for people: "a pool".
@@ -26,9 +29,10 @@ class Tasks:
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine on the loop that runs now."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+        context = contextvars.Context()
+        task = asyncio.get_running_loop().create_task(coroutine, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._ended, context=context)
         return task
 
     async def aclose(self) -> None:
