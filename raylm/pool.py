@@ -752,9 +752,10 @@ class Pool:
         info = link.info
         now = self.loop.time()
         self._queue_s.observe(stream._queue_s)
-        self._first_token_s.observe(stream._first_token_at - stream._started_at)
-        if last.num_tokens > 1:
-            self._token_gap_s.observe((now - stream._first_token_at) / (last.num_tokens - 1))
+        if stream.request.stream:  # else the actor has held its tokens back
+            self._first_token_s.observe(stream._first_token_at - stream._started_at)
+            if last.num_tokens > 1:
+                self._token_gap_s.observe((now - stream._first_token_at) / (last.num_tokens - 1))
         self._num_finished += 1
         self._num_tokens += last.num_tokens
         receipt = Receipt(

@@ -129,8 +129,9 @@ class PoolReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         statistics: Counts and loads.
-        first_token_s: Seconds from a request's arrival to its first token.
-        token_gap_s: Mean seconds between the tokens of a request.
+        first_token_s: Seconds from a request's arrival to its first token; of `Request.stream` alone, whose tokens come
+            as they are produced.
+        token_gap_s: Mean seconds between the tokens of a request; of the same.
         queue_s: Seconds in the queue.
         failures: The latest requests that ended with an error.
     """

@@ -434,3 +434,17 @@ async def test_no_pool_no_room() -> None:
     async with Pool() as pool:
         with pytest.raises(NoActorError):
             await pool.generate(ask("hi"), timeout_s=0.05)
+
+
+async def test_times_of_tokens_are_those_of_streams(start_pool: StartPool) -> None:
+    """A request whose tokens the actor holds back says nothing of when they were produced, and is not counted there."""
+    running = await start_pool(FAST)
+    await running.pool.generate(ask("held back", 5))
+    report = running.pool.report()
+    assert (report.statistics.num_finished, sum(report.queue_s.counts)) == (1, 1)
+    assert sum(report.first_token_s.counts) == sum(report.token_gap_s.counts) == 0
+    async with running.pool.stream(ask("as they come", 5)) as stream:
+        await stream.completion()
+    report = running.pool.report()
+    assert sum(report.first_token_s.counts) == sum(report.token_gap_s.counts) == 1
+    assert report.token_gap_s.total_s > 0

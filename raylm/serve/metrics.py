@@ -27,8 +27,8 @@ _GAUGES = {
     "num_wanted": ("slots_wanted", "Slots that there should be."),
 }
 _HISTOGRAMS = {
-    "first_token_s": ("first_token_seconds", "From a request's arrival to its first token."),
-    "token_gap_s": ("token_gap_seconds", "Between the tokens of a request, its mean."),
+    "first_token_s": ("first_token_seconds", "From a request's arrival to its first token; not of lists and batches."),
+    "token_gap_s": ("token_gap_seconds", "Between the tokens of a request, its mean; not of lists and batches."),
     "queue_s": ("queue_seconds", "In the queue."),
 }
 
