@@ -151,15 +151,25 @@ async def test_redis_is_killed(chaos: Chaos) -> None:
 
 
 async def test_queue_is_full(chaos: Chaos) -> None:
-    """What the queue has no room for is refused at once, and everything that was accepted is answered."""
+    """What a queue has no room for is refused at once, what it takes is answered, and nobody else notices."""
+    crowd = await chaos.crowd(num_tokens=1000)
     asks = [chat("small", f"crowded {number}", 150) for number in range(64)]
-    await asyncio.gather(*(ask.run(chaos.http) for ask in asks))
+    chaos.struck_at = time.monotonic()
+    running = [asyncio.create_task(ask.run(chaos.http)) for ask in asks]
+    for ended in asyncio.as_completed(running):
+        if (await ended).outcome == "right":
+            break
+    recovered_s = await _taken_again(chaos, "small")
+    await asyncio.gather(*running)
     accepted = [ask for ask in asks if ask.outcome == "right"]
     refused = [ask for ask in asks if ask.outcome != "right"]
     assert {ask.status for ask in refused} == {429}, refused
     assert all(int(ask.headers["retry-after"]) >= 1 for ask in refused)
     assert len(accepted) >= 2 * (4 + 8)  # two gateways, each with room for 4 and a queue of 8
     assert max(ask.elapsed_s for ask in refused) < min(ask.elapsed_s for ask in accepted)
+    assert not [ask for ask in crowd.asks if ask.outcome is not None], "over before the queue had room again"
+    await crowd.all_right()
+    await chaos.note(recovered_s, crowd)
 
 
 async def test_clients_leave(chaos: Chaos) -> None:
@@ -205,6 +215,14 @@ async def _settle_broken_turns(chaos: Chaos, crowd: Crowd) -> None:
             turn = [Message("user", ask.body["inputs"]), Message("assistant", ask.expected)]
             assert stored in (talk.transcript, talk.transcript + turn)
             talk.transcript = stored
+
+
+async def _taken_again(chaos: Chaos, model: str) -> float:
+    """Ask until a queue that was full has room; return the seconds from the strike to the answer."""
+    while (ask := await chat(model, "is there room?", 1).run(chaos.http)).outcome != "right":
+        assert ask.status == 429, ask
+        await asyncio.sleep(0.1)
+    return time.monotonic() - chaos.struck_at
 
 
 async def _status(chaos: Chaos, method: str, path: str) -> int:
