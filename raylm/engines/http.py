@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 import time
 from collections import deque
@@ -76,6 +77,7 @@ _DRAIN_S = 1.0  # for the end of a body whose last event has come; then the conn
 _MAX_ERROR_BYTES = 1 << 16
 _KEEPALIVE_S = 4.0  # uvicorn closes an idle connection after 5; this side has to be the first
 
+_log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -220,7 +222,8 @@ class HTTPEngine:
     would be in it twice. The whole transcript is sent each time; a server's prefix cache makes that cheap.
 
     Token counts are the server's. While an answer streams from a server that tells them at the end, an event counts as
-    a token. `Usage.prompt_tokens` is 0 at a server that never tells.
+    a token. A server that tells none in its streams is asked for them afterwards; `Usage.prompt_tokens` is 0 where it
+    does not tell even then.
 
     An answer is continued from the text of its earlier attempt. It arrives at the greedy text of an undisturbed one
     where the tokenizer cuts that text into the tokens that the model wrote. One with a repetition penalty is generated
@@ -374,14 +377,18 @@ class HTTPEngine:
                         await content.readany()
 
     async def _count_prompt(self, call: Call) -> TokenCounts:
-        """Return the prompt's length, as the generation of one token tells it."""
+        """Return the prompt's length, as the generation of one token tells it. 0 where that fails.
+
+        The answer is whole by then: raised, a failure here would have it continued after its end.
+        """
         counting = call.counting()
-        async with self._post(counting.path, await self._body(counting), stream=False) as response:
-            answer = await response.read()
         try:
+            async with self._post(counting.path, await self._body(counting), stream=False) as response:
+                answer = await response.read()
             counted = msgspec.json.decode(answer, type=_Counted)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise self._refusal(None, answer) from None
+        except (RaylmError, aiohttp.ClientError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            _log.warning("%s did not tell the length of a prompt, which is given as 0: %s", self._url, error)
+            return TokenCounts()
         return counted.usage or TokenCounts(counted.input_tokens or counted.meta_info.prompt_tokens)
 
     async def _body(self, call: Call) -> bytes:

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 import requests
 from aiohttp import web
@@ -367,6 +368,29 @@ async def test_routes(start: Start, dialect: Dialect, prompt: str, paths: list[s
     toy, engine = await start(Toy(dialect))
     await run(engine, make_request(prompt, max_new_tokens=5))
     assert [path for path, _ in toy.calls] == paths
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        answer(500, "broken"),
+        answer(429, {"message": "full"}, Retry_After="60"),
+        answer(200, "<html>Welcome</html>", "text/html"),
+        stream(then="reset"),
+    ],
+    ids=["500", "429", "html", "reset"],
+)
+async def test_an_answer_is_whole_though_its_prompt_cannot_be_counted(start: Start, fault: Handler) -> None:
+    """Where only the question for the prompt's length fails, the answer ends as it did, and the length is 0."""
+    toy, engine = await start(Toy("old-lmdeploy"))
+    whole = await run(engine, make_request(STORY, max_new_tokens=5))
+    toy.script = [toy.answer_well, fault]
+    record = await run(engine, make_request(STORY, max_new_tokens=5))
+    assert (record.text, record.finish_reason) == (whole.text, whole.finish_reason)
+    assert record.usage == msgspec.structs.replace(whole.usage, prompt_tokens=0)
+    toy.script = [fault]
+    ended = await run(engine, make_request(STORY, whole.generated(len(whole.deltas)), max_new_tokens=5))
+    assert (ended.text, ended.usage) == ("", record.usage)
 
 
 async def test_whole_transcript_goes_to_an_old_server(start: Start) -> None:
