@@ -430,6 +430,7 @@ class TritonEngine:
             )
         left = min(config.max_new_tokens, self._session_len) - (generated.num_tokens if generated else 0)
         sent = prompt + generated.text if generated else prompt
+        values = dialect.tensors(model, sent, config, max(1, left))
         output = TextOutput(
             request,
             emit,
@@ -437,8 +438,8 @@ class TritonEngine:
             cumulative=dialect.repeats(model),
             streamed=model.decoupled,
             max_context=self._session_len,
+            gives_reason="return_finish_reason" in values and "finish_reason" in model.outputs,
         )
-        values = dialect.tensors(model, sent, config, max(1, left))
         if left <= 0:
             await self._end_full(request, emit, model, values)
         elif model.decoupled:

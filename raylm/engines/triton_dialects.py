@@ -283,6 +283,9 @@ class TextOutput:
     a stop word. `num_tokens` counts what is shown, until the last delta counts all. So a continuation, for which the
     server is told the text alone, goes on at the right token.
 
+    An answer that ends without the reason that the server was asked for was cut off. Where it cannot be asked, as with
+    TensorRT-LLM's ensemble, nobody can tell, and the end of the call is taken for the end of the text.
+
     Token counts are the server's where it counts. Otherwise a response of a stream is a token, the tokens of a text
     that came at once are estimated, and so are the prompt's.
 
@@ -293,6 +296,7 @@ class TextOutput:
         cumulative: Each response repeats the text so far.
         streamed: The answer comes in more than one response.
         max_context: Prompt and generated tokens together.
+        gives_reason: The server was asked for the reason of the end.
     """
 
     request: Request
@@ -301,6 +305,7 @@ class TextOutput:
     cumulative: bool
     streamed: bool
     max_context: int
+    gives_reason: bool = False
     done: bool = False
     num_new: int = 0
     _received: str = ""  # where each response repeats the text
@@ -331,7 +336,7 @@ class TextOutput:
 
         Raises:
             ProtocolError: the response makes no sense.
-            UpstreamError: the server gave the request up.
+            UpstreamError: the server gave the request up, or cut its answer off.
         """
         self._heard = True
         if (content := outputs.get("num_output_tokens")) is not None:
@@ -390,6 +395,7 @@ class TextOutput:
 
         Raises:
             ProtocolError: there was no answer.
+            UpstreamError: it was cut off.
         """
         if self.done:
             return
@@ -400,6 +406,9 @@ class TextOutput:
             num_tokens >= self.request.config.max_new_tokens
             or self._usage().prompt_tokens + num_tokens >= self.max_context
         )
+        # What came in one response was not cut off.
+        if self.gives_reason and self.streamed and not (full and self._counted):
+            raise UpstreamError("the Triton server ended the answer without a reason; look at the model's own log")
         self._finish("length" if full else "stop")
 
     def _new_text(self, content: bytes) -> tuple[str, bool]:

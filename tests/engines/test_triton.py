@@ -467,6 +467,19 @@ async def test_nonsense(server: TritonServer, model: str, order: str, error: typ
             await run(engine, make_request(prompt_of(f"[[{order}]]"), max_new_tokens=8))
 
 
+@pytest.mark.parametrize("model", ["vllm", "tensorrt_llm"])
+@pytest.mark.parametrize("order", ["cut", "lapse"])
+async def test_an_answer_that_is_cut_off(server: TritonServer, model: str, order: str) -> None:
+    """An answer that ends without the reason that was asked for is an error, after what came of it."""
+    record = Record()
+    request = make_request(prompt_of(f"[[{order}=5]] [[pace=0.01]]"), max_new_tokens=12)
+    async with connect(server, model) as engine:
+        with pytest.raises(UpstreamError, match="without a reason"):
+            await engine.generate(request, record.emit)
+    assert record.deltas
+    assert all(delta.finish_reason is None for delta in record.deltas)
+
+
 @pytest.mark.parametrize("model", ALL_MODELS)
 async def test_silence(server: TritonServer, model: str) -> None:
     """A server that goes silent within an answer is given up after `idle_timeout_s`."""

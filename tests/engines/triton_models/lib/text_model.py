@@ -109,7 +109,7 @@ class TextModel:
 
         def respond(job: Job) -> None:
             reason = job.finish_reason
-            if reason in {"cancelled", "error"}:
+            if reason in {"cancelled", "error", "cut"}:
                 journal(event="end", model=self.name, reason=reason)
                 if reason == "error":
                     self._send_error(sender, f"failure at token {len(job.said) + 1}, as ordered")
@@ -160,7 +160,11 @@ class TextModel:
     def _response(self, job: Job, values: dict[str, list[Any]], text: bytes, num_new: int) -> Any:
         if "nonsense" in job.orders:
             text = b"\xff\xfe"
+        reason = job.finish_reason
+        if reason == "lapse":
+            job.finish_reason = None
         tensors = self.extras(job, values, num_new)
+        job.finish_reason = reason
         if "mute" not in job.orders:
             shape = (1, 1) if self.batched else (1,)
             tensors = [pb_utils.Tensor("text_output", np.array([text], dtype=np.object_).reshape(shape)), *tensors]

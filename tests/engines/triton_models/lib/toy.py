@@ -14,6 +14,8 @@ Words in double brackets steer the server and are one token each, whatever they 
     [[abort]]      the server aborts the request at its third token
     [[nonsense]]   text that is no UTF-8
     [[mute]]       responses without a text tensor
+    [[cut=n]]      the end of the call instead of the n-th token
+    [[lapse=n]]    the n-th token with the flag of the last one, and no reason
 
 Runs inside Triton, with nothing but numpy beside it. The tests import it too, to know the answers.
 """
@@ -32,7 +34,7 @@ BOS, EOS = 1, 2
 _WORDS = [first + second for first in ("ba", "ki", "lo", "mu", "se") for second in ("n", "ra", "to", "lli", "")]
 _CHINESE = ["你好", "世界", "春天"]
 _EMOJI = ["😀", "🚀", "🌍"]
-_DIRECTIVES = ("pace", "chunk", "fail", "hang", "endless", "refuse", "abort", "nonsense", "mute")
+_DIRECTIVES = ("pace", "chunk", "fail", "hang", "endless", "refuse", "abort", "nonsense", "mute", "cut", "lapse")
 _DIRECTIVE_ID = 1 << 28
 _UNKNOWN_ID = 1 << 20
 _PIECE = re.compile(r"\[\[\w+=?[\d.]*\]\]| ?[^\s\[]+|\s|\[")
@@ -177,11 +179,16 @@ class Job:
         if "abort" in self.orders and position == 3:
             self.finish_reason = "abort"
             return
+        if self.orders.get("cut") == position:
+            self.finish_reason = "cut"
+            return
         token = next_token(self._state, self._last, self._seed, end=self._ends and position > self._min_tokens)
         self._state, self._last = advance(self._state, token), token
         self.said.append(token)
         if token == EOS:
             self.finish_reason = "stop"
+        elif self.orders.get("lapse") == position:
+            self.finish_reason = "lapse"
         elif len(self.said) == self.limit:
             self.finish_reason = "length"
 

@@ -97,6 +97,8 @@ class TritonPythonModel:
                 sender.send(
                     pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
                 )
+            elif reason == "cut":
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             else:
                 self.send(sender, sequence_ids, final=reason is not None)
 
