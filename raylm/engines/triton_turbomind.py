@@ -340,15 +340,21 @@ class TurboMind:
                 sequence.num_tokens = 0
 
     async def _follow(self, turn: _Turn) -> None:
-        """Show tokens as they come. One call for their text is under way at a time; it asks for all that are there."""
+        """Show tokens as they come. One call for their text is under way at a time; it asks for all that are there.
+
+        Raises:
+            ProtocolError: the server ended its call, and had not said that there are no more.
+        """
         while turn.finish_reason is None:
             await turn.changed.wait()
             turn.changed.clear()
+            cut = turn.reading.done() and not turn.ended
             if turn.reading.done():
                 turn.reading.result()
-                turn.ended = True
             if turn.come or turn.ended:
                 await self._show(turn, last=turn.ended)
+            if cut and turn.finish_reason is None:
+                raise ProtocolError("TurboMind ended an answer in its middle; look at the Triton server's log")
 
     async def _show(self, turn: _Turn, *, last: bool) -> None:
         num_tokens = len(turn.come)

@@ -480,6 +480,21 @@ async def test_an_answer_that_is_cut_off(server: TritonServer, model: str, order
     assert all(delta.finish_reason is None for delta in record.deltas)
 
 
+@pytest.mark.parametrize("at_token", [1, 5])
+async def test_a_sequence_that_is_cut_off(server: TritonServer, at_token: int) -> None:
+    """TurboMind's call that ends before the last token is an error, after what came; the session goes on then."""
+    record = Record()
+    prompt = prompt_of(f"[[cut={at_token}]] [[pace=0.01]]")
+    async with connect(server, "turbomind") as engine:
+        with pytest.raises(ProtocolError, match="in its middle"):
+            await engine.generate(msgspec.structs.replace(make_request(prompt), session_id="s"), record.emit)
+        assert len(record.token_ids) == at_token - 1
+        assert all(delta.finish_reason is None for delta in record.deltas)
+        request = make_request(prompt_of(STORY), max_new_tokens=5)
+        whole = await run(engine, msgspec.structs.replace(request, session_id="s"))
+    assert whole.text == greedy_text(prompt_of(STORY), 5)
+
+
 @pytest.mark.parametrize("model", ALL_MODELS)
 async def test_silence(server: TritonServer, model: str) -> None:
     """A server that goes silent within an answer is given up after `idle_timeout_s`."""
