@@ -245,8 +245,9 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
 
     Attributes:
         text: New text only, whole characters, never a stop word or a part of one. May be empty.
-        num_tokens: Tokens generated so far, those of continued attempts included.
-        token_ids: The new tokens' ids, or empty where the engine does not tell.
+        num_tokens: Tokens generated so far, those of continued attempts included. One of which text is held back is
+            counted with that text, or with the last delta.
+        token_ids: Those tokens' ids, or empty where the engine does not tell.
         logprobs: Log-probability of each of `token_ids`, if asked for.
         finish_reason: Set on the last delta alone.
         usage: Set on the last delta alone.

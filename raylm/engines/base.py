@@ -7,7 +7,9 @@ suite, `tests/engines/test_conformance.py`, on it.
 The rules that the suite checks:
 
 1.  Deltas carry new text only, in whole characters, and never a stop word or a part of one that later completes.
-2.  `num_tokens` never decreases. The last delta, and no other, has `finish_reason` and `usage`.
+2.  `num_tokens` never decreases. The last delta, and no other, has `finish_reason` and `usage`. Tokens are counted, and
+    their ids told, with the delta that ends their text, or with the last one: another engine may have to go on from the
+    text alone.
 3.  `generate` returns after the last delta. Failures are raised as `RaylmError`; nothing turns one into empty text.
 4.  Cancelling the task that runs `generate` aborts the request inside the engine within one decode step.
 5.  `request.generated` is what the request has already produced elsewhere: generation goes on after it, and only what

@@ -20,6 +20,7 @@ import os
 import signal
 import struct
 import sys
+from collections import deque
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -238,9 +239,16 @@ def start_child() -> BinaryIO:
 
 
 class _Generation:
-    """Turns the outputs of one request into deltas."""
+    """Turns the outputs of one request into deltas.
 
-    __slots__ = ("_detokenizer", "_emit", "_num_tokens", "_speller", "_stop_words", "_unsent", "done")
+    A delta ends where the text of an output ends, and has no tokens whose text is held back: half a character, the
+    beginning of a stop word. So an engine that is told the text alone goes on at the right token.
+    """
+
+    __slots__ = (
+        "_detokenizer", "_emit", "_kept", "_num_emitted", "_num_fed", "_num_tokens", "_speller", "_stop_words", "_text",
+        "done",
+    )  # fmt: skip
 
     def __init__(self, request: Request, emit: Emit, vocabulary: Vocabulary, done: asyncio.Future[None]) -> None:
         generated = request.generated
@@ -250,16 +258,20 @@ class _Generation:
         self._detokenizer = Detokenizer(vocabulary, text_start=not generated or bool(generated.token_ids))
         self._stop_words = StopWords(request.config.stop_words)
         self._speller = vocabulary if request.config.logprobs or request.config.echo else None  # of `Delta.details`
-        self._unsent = ""
+        self._kept: deque[tuple[int, Delta]] = deque()  # not emitted: where the text of each ends, and its tokens
+        self._num_fed = 0  # characters
+        self._text = ""  # of them, what the stop words have let go of, and is not emitted
+        self._num_emitted = 0
         if generated and generated.token_ids:
-            # Brings back what the earlier attempts held: half a character, the beginning of a stop word.
-            text, _ = self._stop_words.feed(self._detokenizer.feed(generated.token_ids))
+            text = self._detokenizer.feed(generated.token_ids)
             if not text.startswith(generated.text):
                 raise InvalidRequestError(
                     "the token ids of `generated` do not spell its text; continue it with the model that began it, or "
                     "without token ids"
                 )
-            self._unsent = text[len(generated.text) :]
+            rest = text[len(generated.text) :]  # where the ids are those of more than was shown
+            self._num_fed = len(rest)
+            self._text, _ = self._stop_words.feed(rest)
 
     def advance(self, output: Output) -> None:
         """Emit what the request produced in one step. The last delta ends `done`; nothing follows it."""
@@ -270,19 +282,22 @@ class _Generation:
             return
         self._num_tokens += len(output.token_ids)
         shown = output.token_ids[: -output.num_silent] if output.num_silent else output.token_ids
-        text, hit = self._stop_words.feed(self._detokenizer.feed(shown))
-        delta = Delta(text, self._num_tokens, output.token_ids, output.logprobs)
+        fed = self._detokenizer.feed(shown)
+        text, hit = self._stop_words.feed(fed)
+        self._num_fed += len(fed)
+        self._text += text
+        came = Delta("", self._num_tokens, output.token_ids, output.logprobs)
         if self._speller is not None:
-            delta.details = _details(self._speller, output)
-        if self._unsent:
-            delta.text = self._unsent + text
-            self._unsent = ""
-        if hit:
-            delta.finish_reason = "stop"
-        elif output.finish_reason is not None:
-            delta.finish_reason = output.finish_reason
+            came.details = _details(self._speller, output)
+        # One that ends within a character ends where that does.
+        self._kept.append((self._num_fed + self._detokenizer.holds, came))
+        finish_reason: FinishReason | None = "stop" if hit else output.finish_reason
+        delta = self._shown(last=finish_reason is not None)
+        if delta is None:
+            return
+        if finish_reason is not None:
+            delta.finish_reason = finish_reason
             delta.text += self._stop_words.flush()
-        if delta.finish_reason is not None:
             delta.usage = Usage(output.prompt_tokens, self._num_tokens, output.cached_tokens)
         try:
             self._emit(delta)
@@ -291,6 +306,20 @@ class _Generation:
             return
         if delta.finish_reason is not None:
             self.done.set_result(None)
+
+    def _shown(self, *, last: bool) -> Delta | None:
+        """Return what may be shown: up to the end of an output, or all of it if it is the last. None: nothing."""
+        kept, until = self._kept, self._num_emitted + len(self._text)
+        if not last and kept[0][0] > until:
+            return None
+        end, delta = kept.popleft()
+        while kept and (last or kept[0][0] <= until):
+            end, later = kept.popleft()
+            delta.extend(later)
+        length = len(self._text) if last else end - self._num_emitted
+        delta.text, self._text = self._text[:length], self._text[length:]
+        self._num_emitted += length
+        return delta
 
 
 def _details(vocabulary: Vocabulary, output: Output) -> Details:

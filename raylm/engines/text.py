@@ -70,7 +70,13 @@ class Detokenizer:
     def __init__(self, vocabulary: Vocabulary, *, text_start: bool = True) -> None:
         self._token_bytes = vocabulary.token_bytes
         self._drop_space = vocabulary.sentencepiece and text_start
-        self._decode = _decoder("replace").decode
+        self._decoder = _decoder("replace")
+        self._decode = self._decoder.decode
+
+    @property
+    def holds(self) -> bool:
+        """Whether a part of a character is held back."""
+        return bool(self._decoder.getstate()[0])
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Return the characters that `token_ids` complete. May be empty."""

@@ -112,6 +112,7 @@ class _Turn:
         self._resumed = generated.text if generated and generated.token_ids else ""
         self._text = ""  # of `generated` and `come`, without half characters
         self._shown = 0  # how much of it, stop words cut off
+        self._ready = ""  # of that, what is not emitted
         self._num_told = 0
         self._marks = [(0, 0)]  # where tokens end in `_text`: number of tokens, length of the text
 
@@ -161,12 +162,21 @@ class _Turn:
                     "without token ids"
                 )
             shown, self._resumed = shown[common:], self._resumed[common:]
+        self._ready += shown
+        if self.finish_reason is None:
+            # Up to the end of a token, and no token of which text is held back: see `triton_dialects.TextOutput`.
+            num_tokens, end = next(mark for mark in reversed(self._marks) if mark[1] <= self._shown)
+            shown = self._ready[: max(0, len(self._ready) - (self._shown - end))]
+        else:
+            shown = self._ready
+        self._ready = self._ready[len(shown) :]
         delta = Delta(shown, self.base + num_tokens, tuple(self.come[self._num_told : num_tokens]))
+        news = shown or num_tokens > self._num_told
         self._num_told = num_tokens
         if self.finish_reason is not None:
             delta.finish_reason = self.finish_reason
             delta.usage = Usage(self.prompt_tokens, delta.num_tokens)
-        if num_tokens or self.finish_reason is not None:
+        if news or self.finish_reason is not None:
             self._emit(delta)
 
     def kept(self) -> tuple[int, str]:

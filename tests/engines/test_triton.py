@@ -419,6 +419,19 @@ async def test_continuation_of_tokens_by_text(server: TritonServer) -> None:
     assert rest.usage == whole.usage
 
 
+@pytest.mark.parametrize("model", ["vllm", "ensemble"])
+async def test_continuation_by_another_dialect(server: TritonServer, model: str) -> None:
+    """What TurboMind began, which counts every token, a model that is told text alone ends: at halves of emoji too."""
+    request = make_request(prompt_of("😀 🚀"), max_new_tokens=24)
+    async with connect(server, "turbomind") as engine, connect(server, model) as other:
+        whole = await run(engine, request)
+        for cut in range(1, len(whole.deltas)):
+            part = whole.generated(cut)
+            rest = await run(other, msgspec.structs.replace(request, generated=part))
+            assert part.text + rest.text == whole.text
+            assert rest.usage.completion_tokens == 24
+
+
 async def test_tokens_of_another_model(server: TritonServer) -> None:
     """Token ids that do not spell the text are refused."""
     async with connect(server, "turbomind") as engine:
