@@ -17,6 +17,8 @@ What can go wrong with an attempt, and what follows:
     health check, and is replaced if it does not pass.
 4.  The slot is to end (`drain`, then `detach`). It gets nothing new, and what it has not finished by then moves.
 5.  The server behind a client actor fails. The request goes elsewhere, and the slot waits until the server is back.
+6.  That server is full. The same, and the slot waits for as long as the server asks. If there is no other slot, so does
+    the request.
 
 Deltas carry the key of their attempt, and a key is forgotten with its attempt, so late deltas of a lost attempt find
 nobody. All state belongs to one event loop.
@@ -80,6 +82,9 @@ _ALONE = 10
 
 _UPSTREAM_PROBE_S = 1.0
 """How often a server that failed is asked whether it is back."""
+
+_MAX_REST_S = 60.0
+"""A server that asks to be left alone for longer is asked again then."""
 
 _HISTORY = 512
 """First-token times that the watchdog's bound is learnt from."""
@@ -776,13 +781,15 @@ class Pool:
     def _attempt_failed(self, stream: Stream, failure: ErrorMessage) -> None:
         error = from_message(failure)
         link = stream._link
+        full = isinstance(error, PoolSaturatedError)
         if not error.retryable or isinstance(error, InvalidRequestError):
             self._settle(stream, error=error)
         else:
-            self._move(stream, "failed", error)
-        if isinstance(error, UpstreamError) and link is not None:
+            # One that does not say until when it is full may never have room: those attempts are counted.
+            self._move(stream, "full" if full and error.retry_after_s is not None else "failed", error)
+        if (full or isinstance(error, UpstreamError)) and link is not None:
             # A slot that fails at once has always room, and would draw all requests to it.
-            self._suspect(link)
+            self._suspect(link, rest_s=error.retry_after_s or (_UPSTREAM_PROBE_S if full else 0))
 
     def _move(self, stream: Stream, cause: str, error: RaylmError) -> None:
         """Give up the current attempt and queue the next one, or fail with `error` when none is left."""
@@ -791,13 +798,13 @@ class Pool:
             return
         if stream._spoke:
             stream._fruitless = 0
-        elif cause != "drained":  # nothing has failed
+        elif cause not in ("drained", "full"):  # nothing has failed
             stream._fruitless += 1
         if self._ended is not None or stream._fruitless >= self.config.max_attempts:
             self._settle(stream, error=self._ended or error)
             return
         self._leave(stream)
-        if cause != "died":
+        if cause not in ("died", "full"):
             stream._avoid.add(link.number)
         stream._moved = cause
         self._moves[cause] += 1
@@ -918,16 +925,22 @@ class Pool:
                     self._move(stream, "silent", error)
                 self._suspect(link)
 
-    def _suspect(self, link: Link) -> None:
-        """Give a slot no new work until its actor has passed a health check; have the actor replaced if it does not."""
+    def _suspect(self, link: Link, rest_s: float = 0) -> None:
+        """Give a slot no new work until its actor has passed a health check; have the actor replaced if it does not.
+
+        Args:
+            link: The slot's.
+            rest_s: For how long the server behind it wants no requests, whatever its health is.
+        """
         if link.state == "up":
             link.state = "suspected"
             self.router.suspend(link.number, suspended=True)
             self._scatter(link.number)
-            self._tasks.start(self._examine(link))
+            self._tasks.start(self._examine(link, min(rest_s, _MAX_REST_S)))
 
-    async def _examine(self, link: Link) -> None:
+    async def _examine(self, link: Link, rest_s: float) -> None:
         client_id = link.client_id
+        await asyncio.sleep(rest_s)
         while link.client_id == client_id and link.state == "suspected":
             try:
                 async with asyncio.timeout(self.config.health_timeout_s):

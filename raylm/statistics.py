@@ -105,7 +105,7 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
         num_aborted: Requests that their clients left before the end.
         num_attempts: Attempts to answer one.
         num_moved: Attempts that were lost and taken up elsewhere.
-        moves: The same by cause: `died`, `failed`, `silent`, `lease` or `drained`.
+        moves: The same by cause: `died`, `failed`, `full`, `silent`, `lease` or `drained`.
         num_tokens: Tokens of answered requests.
         first_token_timeout_s: The watchdog's bound at present.
     """

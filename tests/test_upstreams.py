@@ -21,7 +21,7 @@ from raylm.pool import Pool
 from raylm.stream import Stream
 
 from .conftest import StartPool, ask
-from .engines.http_server import Toy, chunk, sse, stream, tokenize
+from .engines.http_server import Toy, answer, chunk, sse, stream, tokenize
 from .engines.triton_server import MODELS, TritonServer
 
 sys.path.append(str(MODELS / "lib"))
@@ -96,6 +96,39 @@ async def test_requests_wait_for_the_one_server(start_pool: StartPool) -> None:
         completion = await waiting
         assert completion.usage.completion_tokens == 5
         assert running.pool.statistics().slots[0].num_deaths == 0
+
+
+async def test_a_full_server_is_left_alone_for_as_long_as_it_asks(start_pool: StartPool) -> None:
+    """With nowhere else to go, a request waits for as long as the one server asks, and is then answered."""
+    server = Toy()
+    async with server.running():
+        running = await start_pool(HTTPConfig(url=server.url))
+        # Longer than the engine itself waits.
+        wait_s, full_until = 5.1, asyncio.get_running_loop().time() + 5
+
+        async def refuse(request: web.Request) -> web.StreamResponse:
+            full = asyncio.get_running_loop().time() < full_until
+            return await (answer(429, {}, Retry_After=str(wait_s)) if full else server.answer_well)(request)
+
+        server.script = [refuse] * 5
+        completion = await running.pool.generate(ask("hello", 5))
+    assert (completion.receipt.attempts, completion.receipt.why) == (2, "moved:full")
+    assert completion.receipt.queue_ms > 5000
+    assert len(server.calls) == 2
+
+
+async def test_a_full_server_draws_no_requests(start_pool: StartPool) -> None:
+    """While a server is full, requests go to the others at once."""
+    server = Toy(script=[answer(429, {}, Retry_After="60")] * 99)
+    async with server.running():
+        running = await start_pool(
+            HTTPConfig(url=server.url, capacity=4), SimulatedConfig(tokens_per_s=200, capacity=4)
+        )
+        results = await running.pool.generate_many([ask(f"row {row}", 5) for row in range(40)])
+        assert {result.receipt.slot for result in results if isinstance(result, Completion)} == {1}
+        assert len(server.calls) <= 4
+    assert len(results) == 40
+    assert running.pool.statistics().num_failed == 0
 
 
 async def test_a_request_may_wait_its_turn_inside_a_busy_engine(start_pool: StartPool) -> None:

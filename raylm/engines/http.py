@@ -519,7 +519,8 @@ class HTTPEngine:
             raise UpstreamError(
                 f"{self._url} is not tried at present, for it failed several times in a row; the last time: "
                 f"{breaker.last_error}",
-                retry_after_s=max(_RETRY_S, wait_s),
+                # Not for as long as the breaker is open: a health check may close it at any time.
+                retry_after_s=min(max(_RETRY_S, wait_s), 1.0),
             )
         self._probing = True
         try:

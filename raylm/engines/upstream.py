@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 import msgspec
@@ -83,7 +87,7 @@ def refusal(
         status: HTTP status; None when it was 200 all the same, and what is wrong stands in the body.
         body: What was said, or the beginning of it.
         models: The models that are served.
-        retry_after: The header of that name; one with a date is passed over.
+        retry_after: The header of that name: seconds or a date.
     """
     said = _read_error(body)
     if status is None:
@@ -145,10 +149,15 @@ def _read_error(body: bytes) -> _Said | None:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    try:
-        return None if retry_after is None else max(0.0, float(retry_after))
-    except ValueError:
+    if retry_after is None:
         return None
+    with suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with suppress(ValueError):
+        date = parsedate_to_datetime(retry_after)
+        # One that names no zone is in UTC, as all dates of HTTP are.
+        return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+    return None
 
 
 def excerpt(body: bytes) -> str:

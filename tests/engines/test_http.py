@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import email.utils
 import ipaddress
 import itertools
 import socket
@@ -151,10 +152,22 @@ def test_refusals(status: int | None, body: str, kind: type[RaylmError], text: s
     assert text in str(error)
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("0.5", 0.5), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
-def test_retry_after(header: str, seconds: float | None) -> None:
-    """Seconds in Retry-After are carried on; a date is not."""
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("-1", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None), (None, None)],
+)
+def test_retry_after(header: str | None, seconds: float | None) -> None:
+    """Seconds in Retry-After are carried on; a date that is past is now."""
     assert refusal("", 429, b"", retry_after=header).retry_after_s == seconds
+
+
+def test_retry_after_a_date() -> None:
+    """A date in Retry-After is carried on as the seconds until then."""
+    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)
+    for usegmt in (True, False):
+        seconds = refusal("", 503, b"", retry_after=email.utils.format_datetime(date, usegmt=usegmt)).retry_after_s
+        assert seconds is not None
+        assert 80 < seconds <= 90
 
 
 def test_breaker() -> None:

@@ -6,6 +6,7 @@ const CAUSES = {
   died: "its actor died",
   silent: "its actor fell silent",
   failed: "its engine failed",
+  full: "the server behind its engine was full",
   lease: "the gateway lost its lease",
 };
 
