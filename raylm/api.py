@@ -313,9 +313,9 @@ class AsyncTritonClient(AsyncChatbot):
     Args:
         tritonserver_addr: `ip:port` of the server's gRPC endpoint, or several that serve the same model.
         model_name: The model in its repository.
+        session_len: Prompt and generated tokens together.
         meta_template: See `AsyncChatbot`, as for the other arguments. Triton has no template of its own, so that
             `stream_chat` and `chat` need this one.
-        session_len: Prompt and generated tokens together.
         max_new_tokens: Limit on generated tokens, >= 1.
         top_p: In (0, 1]; nucleus of probability mass to sample from.
         top_k: >= 1; how many of the likeliest tokens to sample from. None: no limit.
@@ -335,8 +335,8 @@ class AsyncTritonClient(AsyncChatbot):
         self,
         tritonserver_addr: str | Sequence[str],
         model_name: str,
-        meta_template: Sequence[Mapping[str, Any]] | None = None,
         session_len: int = 32768,
+        meta_template: Sequence[Mapping[str, Any]] | None = None,
         max_new_tokens: int = 512,
         top_p: float = 0.8,
         top_k: int | None = 40,

@@ -48,7 +48,7 @@ FIRST = {
     LMDeployPipeline: ["path", "model_name", "tp"],
     LMDeployServer: ["path", "model_name", "server_name", "server_port", "tp"],
     LMDeployClient: ["url", "model_name"],
-    TritonClient: ["tritonserver_addr", "model_name"],
+    TritonClient: ["tritonserver_addr", "model_name", "session_len"],
 }
 
 
@@ -63,7 +63,16 @@ def test_constructors_have_the_seeds_arguments(face: Callable[..., object]) -> N
     """Every argument of the seed is there, with its default and in its order."""
     expected = {**SAMPLING, **OWN[face]}
     assert {name: default for name, default in defaults(face).items() if name in expected} == expected
-    assert list(inspect.signature(face).parameters)[: len(FIRST[face])] == FIRST[face]
+    names = list(inspect.signature(face).parameters)
+    assert names[: len(FIRST[face])] == FIRST[face]
+    assert [name for name in names if name in SAMPLING] == list(SAMPLING)
+
+
+def test_the_third_argument_of_a_triton_client(cluster: str) -> None:
+    """It is the length of a session, as in the seed."""
+    (engine,) = AsyncTritonClient("127.0.0.1:1", "model", 4096)._engines
+    assert isinstance(engine, TritonConfig)
+    assert engine.session_len == 4096
 
 
 @pytest.mark.parametrize(
