@@ -347,7 +347,14 @@ class Worker:
             self._max_context = min(self._max_context, engine.engine.max_session_len)
         # Source: lmdeploy 0.18.0, `pytorch.strategies.ar.ARStrategyFactory.build_sampling_strategy`.
         self._padding_id: int = getattr(engine.hf_cfg, "bos_token_id", None) or 0
-        self._num_embeddings = max(engine.tokenizer.get_vocab().values()) + 1
+        vocabulary: dict[str, int] = engine.tokenizer.get_vocab()
+        self._num_embeddings = max(vocabulary.values()) + 1
+        self._tokens = spell_tokens(engine.tokenizer.model.model)
+        self._special = {token: token_id for token, token_id in vocabulary.items() if token_id not in self._tokens}
+        # Source: lmdeploy 0.18.0, `serve.core.async_engine.AsyncEngine._determine_gen_config`.
+        config = self._generation_config(stop_token_ids=engine.stop_words)
+        config.update_from_hf_gen_cfg(engine.hf_gen_cfg, engine.tokenizer.eos_token_id)
+        self._eos_ids = frozenset(config.stop_token_ids)
         # lmdeploy would make requests wait where they cannot be cancelled: for a request handle.
         self._slots = asyncio.Semaphore(self._capacity)
         self._running: dict[int, _Running] = {}
@@ -359,12 +366,10 @@ class Worker:
 
     async def serve(self, descriptor: int) -> None:
         """Obey the commands that come in on a file descriptor. The process ends when it is closed."""
-        tokenizer = self._engine.tokenizer.model.model
-        tokens = spell_tokens(tokenizer)
-        check_spelling(tokenizer, tokens)
+        check_spelling(self._engine.tokenizer.model.model, self._tokens)
         loop = asyncio.get_running_loop()
         self._engine.start_loop(loop, use_async_api=True)
-        self._send(Ready(self._version, tokens, self._max_context, self._capacity))
+        self._send(Ready(self._version, self._tokens, self._max_context, self._capacity))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch())
             threading.Thread(target=self._listen, args=(descriptor, loop, tasks), daemon=True).start()
@@ -582,6 +587,13 @@ class Worker:
             # A continued attempt gets a seed of its own: the same one could repeat the draws of the earlier one.
             random_seed=None if config.seed is None else (config.seed + num_earlier) % (1 << 63),
         )
+        # A special token has no text that the parent could find a stop word in.
+        if stop_ids := {self._special[word] for word in config.stop_words if word in self._special}:
+            sampling.stop_token_ids = list(self._eos_ids | stop_ids)
+            if config.ignore_eos:
+                # lmdeploy bans what would end the sequence, of which it takes these to be a part.
+                sampling.ignore_eos = False
+                sampling.bad_token_ids = list(self._eos_ids - stop_ids)
         if penalised and not self._turbomind:
             sampling.repetition_penalty = 1.0
             sampling.logits_processors = [

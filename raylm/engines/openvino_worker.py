@@ -122,6 +122,9 @@ class Worker:
         pipeline: An `openvino_genai.ContinuousBatchingPipeline`.
         max_context: Prompt and generated tokens together, at most. The pipeline itself does not check it.
         prefix_caching: Whether the pipeline keeps the KV cache of finished requests.
+
+    Attributes:
+        tokens: The tokens by id, without special tokens: those that decoding leaves out.
     """
 
     def __init__(self, pipeline: Any, max_context: int, *, prefix_caching: bool = False) -> None:
@@ -131,7 +134,10 @@ class Worker:
         self._tokenizer = pipeline.get_tokenizer()
         self._max_context = max_context
         self._prefix_caching = prefix_caching
-        self._num_embeddings = max(self._tokenizer.get_vocab().values()) + 1
+        vocabulary: dict[bytes, int] = self._tokenizer.get_vocab()
+        self._num_embeddings = max(vocabulary.values()) + 1
+        self.tokens = self._spell_tokens(vocabulary)
+        self._special = {token: token_id for token, token_id in vocabulary.items() if token_id not in self.tokens}
         self._waiting: deque[tuple[int, _Running]] = deque()
         self._running: dict[int, _Running] = {}
         self._cancelled: list[tuple[int, _Running]] = []
@@ -177,9 +183,8 @@ class Worker:
             ) from error
         return cls(pipeline, load.max_context, prefix_caching=load.prefix_caching)
 
-    def tokens(self) -> dict[int, bytes]:
-        """Return the tokens by id, without special tokens: those that decoding leaves out."""
-        tokens: dict[int, bytes] = {token_id: token for token, token_id in self._tokenizer.get_vocab().items()}
+    def _spell_tokens(self, vocabulary: dict[bytes, int]) -> dict[int, bytes]:
+        tokens = {token_id: token for token, token_id in vocabulary.items()}
         alone = [[token_id] for token_id in tokens]
         shown = self._tokenizer.decode(alone, skip_special_tokens=True)
         spelled = self._tokenizer.decode(alone, skip_special_tokens=False)
@@ -323,6 +328,14 @@ class Worker:
         if config.ignore_eos:
             sampling.ignore_eos = True
             sampling.stop_token_ids = set()
+        # A special token has no text that the parent could find a stop word in.
+        words = [word.encode() for word in config.stop_words]
+        if stop_ids := {self._special[word] for word in words if word in self._special}:
+            if config.ignore_eos:
+                # It would ignore these with the end of sequence; and it wants one, which is among these.
+                sampling.ignore_eos = False
+                sampling.eos_token_id = min(stop_ids)
+            sampling.stop_token_ids |= stop_ids
         if sampling.do_sample:
             sampling.temperature = config.temperature
             sampling.top_p = config.top_p
@@ -460,7 +473,7 @@ def _serve(descriptor: int, reports: BinaryIO) -> None:
     except RaylmError as error:
         send(Failure(to_message(error)))
         return
-    send(Ready(version("openvino-genai"), worker.tokens(), load.max_context, load.capacity))
+    send(Ready(version("openvino-genai"), worker.tokens, load.max_context, load.capacity))
     commands = _Commands(descriptor)
     while True:
         for command in commands.read(wait=worker.idle):
