@@ -15,6 +15,7 @@ pass over in silence is an error here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,8 @@ _EXTENSIONS: dict[Kind, frozenset[str]] = {
     "sglang": frozenset({"top_k", "repetition_penalty", "ignore_eos", "min_tokens"}),
     "openai": frozenset(),
 }
+
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # "<|im_end|>", "</s>", "<end_of_turn>"
 
 _FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -402,8 +405,8 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         if not names:
             refuse("min_new_tokens", "0")
         body[names[0]] = min_new_tokens
-    if config.stop_words:
-        body["stop"] = list(config.stop_words)
+    if stop_words := _stop_words(server.kind, config):
+        body["stop"] = stop_words
     if "return_token_ids" in fields:
         body["return_token_ids"] = True
     if config.logprobs:
@@ -427,6 +430,21 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         if server.kind in ("vllm", "sglang"):
             body["stream_options"]["continuous_usage_stats"] = True
     return body
+
+
+def _stop_words(kind: Kind, config: GenerationConfig) -> list[str]:
+    """Return the stop words to tell a server. Its client finds all that are text; a special token has none.
+
+    For lmdeploy each token that has such a word in it ends the sequence: the text is cut before the whole token, and
+    with `ignore_eos` the token is banned. So it is told of words alone that are special tokens, as far as their form
+    says it, and not when it would ban them.
+
+    Source: lmdeploy 0.18.0, `tokenizer.HuggingFaceTokenizer.indexes_containing_token`,
+    `pytorch.messages.SamplingParam.from_gen_config`.
+    """
+    if kind != "lmdeploy":
+        return list(config.stop_words)
+    return [] if config.ignore_eos else [word for word in config.stop_words if _SPECIAL_TOKEN.fullmatch(word)]
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:
@@ -464,7 +482,7 @@ def _interactive_parameters(config: GenerationConfig) -> dict[str, Any]:
         "top_p": 1.0 if config.greedy else config.top_p,
         "repetition_penalty": config.repetition_penalty,
         "ignore_eos": config.ignore_eos,
-        "stop": list(config.stop_words) or None,
+        "stop": _stop_words("lmdeploy", config) or None,
     }
 
 

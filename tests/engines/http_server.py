@@ -325,9 +325,10 @@ class Toy:
         greedy = body.get("top_k") == 1 or body.get("temperature") == 0
         seed = 0 if greedy else body.get("seed", random.getrandbits(32)) % 2**32
         min_tokens = body.get("min_new_tokens") or body.get("min_tokens") or 0
-        stop_words = body.get("stop") or []
+        stop_words, end_words = body.get("stop") or [], []
         if "lmdeploy" in self.dialect:
-            stop_words = [word for word in stop_words if len(tokenize(word)) == 1]
+            # Each token that has one of them in it ends the sequence, unless it is one of several tokens.
+            stop_words, end_words = [], [word.encode() for word in stop_words if len(tokenize(word)) == 1]
         decode = codecs.getincrementaldecoder("utf-8")().decode
         tells_usage = (body.get("stream_options") or {}).get("include_usage")
         continuous = (body.get("stream_options") or {}).get("continuous_usage_stats")
@@ -339,7 +340,7 @@ class Toy:
         for token in generate(prompt, seed, min_tokens):
             if num_tokens == limit:
                 break
-            if token == EOS:
+            if token == EOS or any(word in token for word in end_words):
                 if body.get("ignore_eos"):
                     continue
                 reason = "stop"

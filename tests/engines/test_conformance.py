@@ -5,6 +5,7 @@ To run it on a new engine, add it to `SUBJECTS` in `conftest.py`.
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
@@ -372,6 +373,23 @@ async def test_stop_word_never_shows(engine: Engine) -> None:
         assert record.finish_reason == "stop"
         assert record.usage.completion_tokens <= 24
         assert record.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+async def test_stop_word_within_a_token(engine: Engine, ignore_eos: bool) -> None:
+    """The text goes as far as the stop word, where that is a token, and where the token has a space before it."""
+    parameters = {"max_new_tokens": 24, "ignore_eos": ignore_eos}
+    whole = await run(engine, make_request(STORY, **parameters))
+    word = re.findall(r" [^\W\d_]+", whole.text)[2]
+    words = [word, word[1:]]
+    records = await run_all(engine, [make_request(STORY, stop_words=[word], **parameters) for word in words])
+    for word, record in zip(words, records, strict=True):
+        assert (record.text, record.finish_reason) == (whole.text.partition(word)[0], "stop")
+        assert record.usage.completion_tokens < whole.usage.completion_tokens
+        cut = len(record.deltas) // 2
+        if cut:
+            rest = await run(engine, make_request(STORY, record.generated(cut), stop_words=[word], **parameters))
+            assert record.generated(cut).text + rest.text == record.text
 
 
 async def test_beginning_of_a_stop_word_shows_in_the_end(engine: Engine) -> None:

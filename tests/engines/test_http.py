@@ -422,12 +422,26 @@ async def test_parameters_of_lmdeploy(start: Start) -> None:
     """Each parameter reaches lmdeploy under its own name."""
     toy, engine = await start()
     parameters = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.2, "seed": 3}
-    parameters |= {"ignore_eos": True, "min_new_tokens": 2, "stop_words": ["#"], "max_new_tokens": 9}
+    parameters |= {"ignore_eos": True, "min_new_tokens": 2, "max_new_tokens": 9}
     await run(engine, make_request(QUESTION, **parameters))
     ((_, body),) = toy.calls
     expected = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.2, "seed": 3}
-    expected |= {"ignore_eos": True, "min_new_tokens": 2, "stop": ["#"], "max_tokens": 9, "model": MODEL}
+    expected |= {"ignore_eos": True, "min_new_tokens": 2, "max_tokens": 9, "model": MODEL}
     assert {name: body[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sent"),
+    [("lmdeploy", ["<|im_end|>"]), ("old-lmdeploy", ["<|im_end|>"]), ("openai", ["#", "<|im_end|>"])],
+)
+async def test_stop_words_that_a_server_is_sent(start: Start, dialect: Dialect, sent: list[str]) -> None:
+    """An lmdeploy server is sent those alone that may be special tokens, and none when it would ban them."""
+    toy, engine = await start(Toy(dialect))
+    await run(engine, make_request(QUESTION, stop_words=["#", "<|im_end|>"], max_new_tokens=3))
+    if dialect != "openai":
+        await run(engine, make_request(QUESTION, stop_words=["<|im_end|>"], ignore_eos=True, max_new_tokens=3))
+        assert not toy.calls.pop()[1].get("stop")
+    assert toy.calls[0][1]["stop"] == sent
 
 
 @pytest.mark.parametrize(("dialect", "unlimited"), [("lmdeploy", 0), ("vllm", -1)])
