@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -76,6 +77,8 @@ class _Server:
     async def launch(cls, command: Command, url: str, log: Path) -> _Server:
         """Start the processes."""
         with log.open("ab") as output:
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(output, fcntl.LOCK_EX)  # which its processes inherit: see `new_log`
             supervisor = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",  # this process's sys.path, below, is all there is to it
@@ -106,7 +109,10 @@ class _Server:
     @property
     def last_words(self) -> str:
         """The errors in its log and the log's end, and where it is."""
-        text = self.log.read_bytes()[-_LOG_BYTES:].decode(errors="replace").strip()
+        try:
+            text = self.log.read_bytes()[-_LOG_BYTES:].decode(errors="replace").strip()
+        except OSError as error:
+            return f"Its log, {self.log}, cannot be read ({error.strerror})"
         if not text:
             return f"Its log, {self.log}, is empty"
         # The cause comes first: lmdeploy's engine dies in a process of its own, and the server of that afterwards.
@@ -457,7 +463,7 @@ async def _listens(host: str, port: int) -> bool:
 
 
 def new_log(port: int) -> Path:
-    """Return an empty file for a server's log. The oldest ones are removed.
+    """Return an empty file for a server's log. The oldest ones are removed, but for those of servers that run.
 
     Raises:
         EngineStartError: the cache folder cannot be written.
@@ -470,10 +476,16 @@ def new_log(port: int) -> Path:
         log = folder / f"api_server-{stamp}.{now % 10**9:09d}-port-{port}.log"
         log.touch(mode=0o600, exist_ok=False)
         for old in sorted(folder.glob("api_server-*.log"))[:-_MAX_LOGS]:
-            old.unlink(missing_ok=True)
+            _remove_unless_locked(old)
     except OSError as error:
         raise EngineStartError(f"cannot keep a log in {folder}: {error}; set RAYLM_CACHE to a folder") from error
     return log
+
+
+def _remove_unless_locked(log: Path) -> None:
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.unlink()
 
 
 def _not_running() -> EngineError:

@@ -174,6 +174,29 @@ def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # At work
 
 
+async def test_restart_without_a_log(configure: Configure, start: Start) -> None:
+    """A server is started again though the log of its predecessor is gone."""
+    config = configure()
+    engine = await start(config)
+    shutil.rmtree(Path(config.path).parent / "cache")
+    os.kill(pids(config)[0][0], signal.SIGKILL)
+    await until(lambda: len(pids(config)) == 2)
+    await healthy(engine)
+
+
+async def test_log_of_a_server_that_runs(configure: Configure, start: Start) -> None:
+    """However many logs come after it, the log of a server stays as long as the server does, and not longer."""
+    config = configure()
+    engine = await start(config)
+    (log,) = (Path(config.path).parent / "cache" / "logs").iterdir()
+    for _ in range(30):
+        new_log(1)
+    assert log.exists()
+    await engine.close()
+    new_log(1)
+    assert not log.exists()
+
+
 async def test_start_and_close(configure: Configure, start: Start) -> None:
     """The server runs from start to close, and its child no longer than it; a client of its own is served as well."""
     config = configure(model_name="mine", api_key="secret")
