@@ -36,7 +36,7 @@ from raylm.ports import holder
 _POLL_S = 0.1  # between two looks at whether a starting server listens
 _PING_S = 2.0  # between two health checks of a running one
 _HANG_S = 20.0  # without a good answer after which it is taken to hang
-_STOP_S = 5.0  # for it to end in order
+_STOP_S = 5.0  # for it to end in order, and again when it is killed
 
 _RESTART_S = 1.0  # before the first start after a death, twice that before the next
 _MAX_DEATHS = 2  # within `_DEATHS_S`: this one dies for a reason that a start does not cure
@@ -120,7 +120,7 @@ class _Server:
         return f"Errors in its log, {self.log}:\n{errors or 'none'}\nThe end of it:\n{text[-_TAIL_CHARS:]}"
 
     async def stop(self, *, in_order: bool) -> None:
-        """End it and all that it started, and wait until nothing is left.
+        """End it and all that it started, and wait until nothing is left, for as long as that may take.
 
         Args:
             in_order: Ask it first, and give it some seconds.
@@ -131,10 +131,14 @@ class _Server:
             await asyncio.wait([self.ended], timeout=_STOP_S)
         if self._supervisor.stdin is not None:
             self._supervisor.stdin.close()  # upon which the supervisor kills the group
-        await asyncio.wait([self.ended])
+        await asyncio.wait([self.ended], timeout=_STOP_S)
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._pid, signal.SIGKILL)  # if the supervisor was killed before it could
+                os.killpg(self._pid, signal.SIGKILL)  # if the supervisor was killed or stopped before it could
+        if not self.ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._supervisor.pid, signal.SIGKILL)
+            await asyncio.wait([self.ended], timeout=_STOP_S)
         if self.client is not None:
             await self.client.close()
 
@@ -284,7 +288,14 @@ class APIServerEngine:
         )
 
     async def _watch(self) -> None:
-        """Keep a server running, until it is of no use."""
+        """Keep a server running, until it is of no use. What goes wrong here ends the engine, and is told."""
+        try:
+            await self._keep_running()
+        except Exception as error:  # it may be anything, and nobody else would see it
+            _log.exception("nobody watches the api_server any more")
+            self._down = ActorLostError(f"raylm could not watch the api_server: {error!r}; its actor is replaced")
+
+    async def _keep_running(self) -> None:
         deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
         while self._server is not None:
             server = self._server

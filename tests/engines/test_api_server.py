@@ -312,6 +312,36 @@ async def test_server_that_does_not_start_again(configure: Configure, start: Sta
         await lost(engine)
 
 
+async def test_unexpected_error_at_a_restart(
+    configure: Configure, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong when a server is started again, the engine says that it is lost."""
+    config = configure()
+    engine = await start(config)
+
+    def fail(_: int) -> Path:
+        raise ValueError("no such thing was foreseen")
+
+    monkeypatch.setattr(api_server, "new_log", fail)
+    os.kill(pids(config)[0][0], signal.SIGKILL)
+    with pytest.raises(ActorLostError, match="foreseen"):
+        await lost(engine)
+
+
+async def test_close_with_a_stopped_supervisor(
+    configure: Configure, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that does nothing any more is killed too; closing does not wait for it for ever."""
+    monkeypatch.setattr(api_server, "_STOP_S", 0.2)
+    config = configure()
+    engine = await start(config)
+    supervisor = psutil.Process(pids(config)[0][0]).parent()
+    assert supervisor is not None
+    supervisor.suspend()
+    await engine.close()
+    await gone([supervisor.pid, *pids(config)[0]])
+
+
 @pytest.mark.parametrize("name", ["serves", "hangs"])
 async def test_parent_killed(configure: Configure, name: str) -> None:
     """A parent that is killed takes the server and its child with it, loading or not."""
