@@ -38,7 +38,8 @@ _PING_S = 2.0  # between two health checks of a running one
 _HANG_S = 20.0  # without a good answer after which it is taken to hang
 _STOP_S = 5.0  # for it to end in order, and again when it is killed
 
-_RESTART_S = 1.0  # before the first start after a death, twice that before the next
+_RESTART_S = 1.0  # between a death, or a start that failed, and the next start; twice that after the next failure
+_MAX_RESTART_S = 30.0  # at most, however many fail
 _MAX_DEATHS = 2  # within `_DEATHS_S`: this one dies for a reason that a start does not cure
 _DEATHS_S = 300.0
 
@@ -149,7 +150,7 @@ class APIServerEngine:
     Anybody else may talk to the server, too, at `server_name` and `server_port`. With port 0 it gets a free one on
     127.0.0.1, so that several fit on one node.
 
-    A server that dies or hangs is killed with all its processes and started again, with back-off; requests that it was
+    A server that dies or hangs is killed with all its processes and started again, after a pause; requests that it was
     working on fail with UpstreamError, and a pool takes them elsewhere. If it dies again within five minutes, or cannot
     be started again, the engine is lost: ActorLostError, and its actor is replaced. So a prompt that kills servers is
     found out by the pool, and a GPU that went bad is not tried for ever.
@@ -209,10 +210,16 @@ class APIServerEngine:
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
 
-    async def _start_server(self) -> tuple[_Server, EngineInfo]:
-        """Return a server that is healthy, after up to `start_attempts` launches."""
+    async def _start_server(self, num_failures: int = 0) -> tuple[_Server, EngineInfo]:
+        """Return a server that is healthy, after up to `start_attempts` launches, each after a longer pause.
+
+        Args:
+            num_failures: How many servers have failed just before.
+        """
         attempts = self._config.start_attempts
         for attempt in range(1, attempts + 1):
+            await asyncio.sleep(restart_pause_s(num_failures))
+            num_failures += 1
             try:
                 return await self._attempt()
             except EngineStartError as error:
@@ -291,7 +298,7 @@ class APIServerEngine:
         """Keep a server running, until it is of no use. What goes wrong here ends the engine, and is told."""
         try:
             await self._keep_running()
-        except Exception as error:  # it may be anything, and nobody else would see it
+        except Exception as error:  # noqa: BLE001 - nobody else would see it
             _log.exception("nobody watches the api_server any more")
             self._down = ActorLostError(f"raylm could not watch the api_server: {error!r}; its actor is replaced")
 
@@ -310,9 +317,8 @@ class APIServerEngine:
                     f"replaced. {server.last_words}"
                 )
                 return
-            await asyncio.sleep(_RESTART_S)
             try:
-                server, _ = await self._start_server()
+                server, _ = await self._start_server(num_failures=1)
             except RaylmError as error:
                 self._down = ActorLostError(f"the api_server {what}, and does not start again: {error}")
                 return
@@ -395,6 +401,11 @@ class APIServerEngine:
         if self._server is None or self._server.client is None:
             raise AssertionError("unreachable: an engine that is not down has a server with a client")
         return self._server.client
+
+
+def restart_pause_s(num_failures: int) -> float:
+    """Return the pause before a start when the last `num_failures` servers have died or did not start."""
+    return min(_RESTART_S * 2 ** (num_failures - 1), _MAX_RESTART_S) if num_failures else 0.0
 
 
 def arguments(config: APIServerConfig) -> list[str]:

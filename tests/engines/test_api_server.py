@@ -19,7 +19,7 @@ import pytest
 
 from raylm.config import APIServerConfig
 from raylm.engines import api_server
-from raylm.engines.api_server import APIServerEngine, arguments, listen_address, new_log
+from raylm.engines.api_server import APIServerEngine, arguments, listen_address, new_log, restart_pause_s
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, UpstreamError
 
 from .conftest import Record, make_request, run, until
@@ -235,6 +235,23 @@ async def test_server_that_dies_while_it_loads(configure: Configure) -> None:
     await gone([pid for numbers in pids(config) for pid in numbers])
     logs = list((Path(config.path).parent / "cache" / "logs").iterdir())
     assert ["no weights" in log.read_text() for log in logs] == [True, True]
+
+
+def test_restart_pause() -> None:
+    """A first start waits for nothing; after each failure the pause is twice as long, up to a limit."""
+    assert [restart_pause_s(failures) for failures in range(9)] == [0, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+async def test_pauses_between_launches(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches of a server that does not start are further and further apart."""
+    monkeypatch.setattr(api_server, "_RESTART_S", 0.5)
+    config = configure("dies", start_attempts=3)
+    with pytest.raises(EngineStartError):
+        await APIServerEngine(config).start()
+    logs = sorted((Path(config.path).parent / "cache" / "logs").iterdir())
+    first, second, third = (log.stat().st_mtime for log in logs)  # when the server of each had its last word
+    assert second - first > 0.5
+    assert third - second > 1
 
 
 async def test_server_that_hangs_while_it_loads(configure: Configure) -> None:
