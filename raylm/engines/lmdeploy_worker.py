@@ -28,7 +28,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -213,8 +214,6 @@ def _describe(error: Exception) -> str:
     """Return an exception in one line. Assertions often have no text; then the line that failed says more."""
     text = " ".join(str(error).split())
     if not text and error.__traceback__ is not None:
-        import traceback
-
         text = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return f"{type(error).__name__}: {text}".rstrip(": .")
 
@@ -371,7 +370,7 @@ class Worker:
         self._engine.start_loop(loop, use_async_api=True)
         self._send(Ready(self._version, self._tokens, self._max_context, self._capacity))
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch())
+            tasks.create_task(_or_end(self._watch()))
             threading.Thread(target=self._listen, args=(descriptor, loop, tasks), daemon=True).start()
 
     def _listen(self, descriptor: int, loop: asyncio.AbstractEventLoop, tasks: asyncio.TaskGroup) -> None:
@@ -389,17 +388,21 @@ class Worker:
     def _obey(self, command: Add | Cancel | Tokenize, tasks: asyncio.TaskGroup) -> None:
         match command:
             case Add(key, request):
-                self._running[key] = _Running(tasks.create_task(self._work(key, request)))
+                self._running[key] = _Running(tasks.create_task(_or_end(self._work(key, request))))
             case Tokenize(key, request):
                 self._send(self._tokenize(key, request))
             case Cancel(key):
                 if (running := self._running.get(key)) is not None and not running.cancelled:
                     running.cancelled = True
-                    if running.session is None:
-                        running.task.cancel()
-                    else:
-                        # Not by cancelling the task: lmdeploy then loses some of the cancellations.
-                        tasks.create_task(running.session.async_abort())
+                    # Behind the first step of its task: one that is cancelled before that says nothing.
+                    asyncio.get_running_loop().call_soon(self._abort, running, tasks)
+
+    def _abort(self, running: _Running, tasks: asyncio.TaskGroup) -> None:
+        if running.session is None:
+            running.task.cancel()
+        else:
+            # Not by cancelling the task: lmdeploy then loses some of the cancellations.
+            tasks.create_task(_or_end(running.session.async_abort()))
 
     async def _work(self, key: int, request: Request) -> None:
         """Do all that there is to a request. Its last output ends it, whatever happened."""
@@ -497,9 +500,9 @@ class Worker:
         async for out in self._engine.generate(prepared):
             rows = out.logprobs or rows
         self._running[key].session = None
+        if self._running[key].cancelled:  # whether or not lmdeploy was done by then
+            raise asyncio.CancelledError
         if len(rows) != len(prompt_ids) - 1:
-            if self._running[key].cancelled:
-                raise asyncio.CancelledError
             raise EngineError(f"lmdeploy told {len(rows)} log-probabilities of {len(prompt_ids)} tokens; send it again")
         logprobs = _of_tokens(prompt_ids[1:], rows)
         ranked = tuple(_rank(row, config.top_logprobs) for row in rows)
@@ -626,8 +629,12 @@ class Worker:
         self._outputs.append(output)
 
     def _flush(self) -> None:
-        usage = float(self._engine.engine.get_schedule_metrics().cache_usage) if self._running else 0.0
         outputs, self._outputs = self._outputs, []
+        try:
+            usage = float(self._engine.engine.get_schedule_metrics().cache_usage) if self._running else 0.0
+        except Exception:  # noqa: BLE001 - of the engine's process; what it produced is worth more than this figure
+            _log.exception("lmdeploy does not tell its load")
+            usage = 0.0
         self._send(Step(outputs, usage))
 
     def _send(self, report: Report) -> None:
@@ -635,6 +642,16 @@ class Worker:
         with self._sending:
             self._reports.write(frame)
             self._reports.flush()
+
+
+async def _or_end(work: Awaitable[None]) -> None:
+    """Wait for a task's work. An error ends this process at once: lmdeploy's threads would hold up an orderly end."""
+    try:
+        await work
+    except Exception:  # noqa: BLE001 - whatever it is, it is this process's last word
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class _Penalty:
@@ -839,7 +856,11 @@ def main() -> None:
     except RaylmError as error:
         reports.write(pack(Failure(to_message(error))))
         reports.flush()
-    os._exit(1)
+    except BaseException:  # noqa: BLE001 - whatever it is, it is this process's last word
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)  # an orderly end would wait for lmdeploy's threads
 
 
 if __name__ == "__main__":
