@@ -193,7 +193,8 @@ class APIServerEngine:
                 "made from"
             )
         self._context = config.session_len or await asyncio.to_thread(max_context, path)
-        self._command = Command(_MODULES[config.device], str(path), arguments(config))
+        off = [_flag(name) for name, value in config.options.items() if value is None or value is False]
+        self._command = Command(_MODULES[config.device], str(path), arguments(config), off)
         server, info = await self._start_server()
         self._run(server)
         backend = "pytorch" if config.device == "cpu" else config.backend
@@ -235,10 +236,9 @@ class APIServerEngine:
             raise AssertionError("unreachable: start sets it")
         host, port = listen_address(config)
         where = ["--server-name", host, "--server-port", str(port)]
-        reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
         server = await _Server.launch(
             msgspec.structs.replace(command, arguments=[*command.arguments, *where]),
-            f"http://{reachable}:{port}",
+            url_of(host, port),
             await asyncio.to_thread(new_log, port),
         )
         try:
@@ -403,6 +403,10 @@ class APIServerEngine:
         return self._server.client
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def restart_pause_s(num_failures: int) -> float:
     """Return the pause before a start when the last `num_failures` servers have died or did not start."""
     return min(_RESTART_S * 2 ** (num_failures - 1), _MAX_RESTART_S) if num_failures else 0.0
@@ -439,7 +443,7 @@ def arguments(config: APIServerConfig) -> list[str]:
     defaults = {"logprobs_mode": "raw_logprobs"} if backend == "pytorch" else {}
     found = []
     for name, value in {**defaults, **named, **config.options}.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if value is True:
             found.append(flag)
         elif isinstance(value, dict):
@@ -449,6 +453,12 @@ def arguments(config: APIServerConfig) -> list[str]:
         elif value is not None and value is not False:
             found += [flag, str(value)]
     return found
+
+
+def url_of(host: str, port: int) -> str:
+    """Return where a server on this machine that listens on `host` is reached."""
+    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def listen_address(config: APIServerConfig) -> tuple[str, int]:

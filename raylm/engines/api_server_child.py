@@ -22,8 +22,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -35,11 +37,13 @@ class Command(msgspec.Struct):
         module: `lmdeploy`, or what runs its command line on another device.
         path: Model folder, or the GGUF file of a built-in model.
         arguments: Arguments of `lmdeploy serve api_server`, without the model.
+        off: Options that are not among the arguments because they are off; that is no reason not to know them.
     """
 
     module: str
     path: str
     arguments: list[str]
+    off: list[str] = []
 
 
 def supervise() -> None:
@@ -88,12 +92,26 @@ def serve() -> None:
     argparse.ArgumentParser.__init__ = functools.partialmethod(  # type: ignore[method-assign,assignment]
         argparse.ArgumentParser.__init__, allow_abbrev=False
     )
+    _refuse_unknown(command.off)
     if find_spec("lmdeploy") is not None:  # something else may stand in for it
         from raylm.engines.lmdeploy_worker import mend_server
 
         mend_server()
     sys.argv[1:] = ["serve", "api_server", path, *command.arguments]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+
+
+def _refuse_unknown(options: Sequence[str]) -> None:
+    """Have the server's command line refuse these options where it does not know them, as it does with arguments."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self: Any, *arguments: Any, **named: Any) -> Any:
+        known = self._option_string_actions
+        if "--server-port" in known and (unknown := [option for option in options if option not in known]):
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parse(self, *arguments, **named)
+
+    argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

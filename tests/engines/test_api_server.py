@@ -19,7 +19,7 @@ import pytest
 
 from raylm.config import APIServerConfig
 from raylm.engines import api_server
-from raylm.engines.api_server import APIServerEngine, arguments, listen_address, new_log, restart_pause_s
+from raylm.engines.api_server import APIServerEngine, arguments, listen_address, new_log, restart_pause_s, url_of
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, UpstreamError
 
 from .conftest import Record, make_request, run, until
@@ -224,6 +224,28 @@ async def test_unknown_option(configure: Configure) -> None:
     for name in ("nonsense", "session"):
         with pytest.raises(InvalidRequestError, match=f"unrecognized arguments: --{name} 1"):
             await APIServerEngine(configure(options={name: 1})).start()
+
+
+async def test_unknown_option_that_is_off(configure: Configure, start: Start) -> None:
+    """An option that is off is one that the server knows, though it is not told of it."""
+    for value in (False, None):
+        with pytest.raises(InvalidRequestError, match=r"unrecognized arguments: --nonsense"):
+            await APIServerEngine(configure(options={"nonsense": value})).start()
+    await start(configure(options={"log_level": None}))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:7"),  # noqa: S104
+        ("::", "http://[::1]:7"),
+        ("::1", "http://[::1]:7"),
+        ("10.0.0.1", "http://10.0.0.1:7"),
+    ],
+)
+def test_url(host: str, url: str) -> None:
+    """A server is reached where it listens; an IPv6 address is in brackets."""
+    assert url_of(host, 7) == url
 
 
 async def test_server_that_dies_while_it_loads(configure: Configure) -> None:
