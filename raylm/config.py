@@ -504,6 +504,7 @@ class GatewayConfig(_Config):
         api_keys_env: Name of the environment variable that holds the API keys, separated by commas.
         api_keys_file: File with one API key a line. Without keys from either, the endpoint asks for none.
         max_body_bytes: A longer request body is refused with status 413.
+        body_timeout_s: When no more of a request's body comes for so long, it is refused with status 408.
         max_prompts: Prompts and choices in one request, together.
         request_timeout_s: Limit on queue and generation of one request; None: no limit.
         heartbeat_s: A stream that is silent for this long gets a comment, so that nothing on the way closes it.
@@ -515,6 +516,7 @@ class GatewayConfig(_Config):
     api_keys_env: str | None = None
     api_keys_file: str | None = None
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    body_timeout_s: PositiveFloat = 30
     max_prompts: int = Field(default=2048, ge=1)
     request_timeout_s: PositiveFloat | None = 3600
     heartbeat_s: PositiveFloat = 15

@@ -9,6 +9,7 @@
     |  `- PoisonRequestError 422    the request took two actors down with it
     |- AuthenticationError 401
     |- ForeignPageError 403         a page of another site in a browser sent the request
+    |- RequestIncompleteError 408   the rest of the HTTP request did not come
     |- OutputBusyError 409          another process writes that output of a batch job
     |- ClusterBusyError 409         another program changes what the cluster serves
     |- TooManyFailuresError 500     a batch job was stopped because so many rows failed
@@ -112,6 +113,13 @@ class ForeignPageError(RaylmError):
     """A browser says that a page of another site sent the request."""
 
     status_code = 403
+
+
+class RequestIncompleteError(RaylmError):
+    """The client began an HTTP request, and fell silent before its end."""
+
+    status_code = 408
+    retryable = True
 
 
 class OutputBusyError(RaylmError):

@@ -25,6 +25,7 @@ from raylm.errors import (
     PoolSaturatedError,
     RaylmError,
     RequestCancelledError,
+    RequestIncompleteError,
     RequestTimeoutError,
     RequestTooLargeError,
     SessionBusyError,
@@ -47,7 +48,7 @@ _BYTES = "application/octet-stream"
 _COMPONENT = "#/components/schemas/{name}"
 
 _ALWAYS: tuple[type[RaylmError], ...] = (AuthenticationError, EngineError)
-_READING = (*_ALWAYS, InvalidRequestError, RequestTooLargeError)
+_READING = (*_ALWAYS, InvalidRequestError, RequestIncompleteError, RequestTooLargeError)
 _SESSIONS = (*_READING, SessionNotFoundError, SessionBusyError, NoActorError)
 _BATCHES = (*_READING, ObjectNotFoundError, BatchStateError, BatchStoreError)
 _GENERATING = (
@@ -64,6 +65,7 @@ _MEANINGS = {
     401: "The API key is missing or wrong.",
     403: "A page of another site sent the request.",
     404: "No such model, session, file, batch or address.",
+    408: "The client fell silent in the middle of the request.",
     409: "Another turn of the session is running; or the batch has ended, or a batch needs the file.",
     413: "The body is too long.",
     422: "Two actors died of the request.",

@@ -6,6 +6,7 @@ that a stream costs one more function call a write and no task.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import os
@@ -113,6 +114,7 @@ class Door:
         self._keys = Keys(config)
         self._origins = frozenset(config.cors_origins)
         self._max_body_bytes = config.max_body_bytes
+        self._body_timeout_s = config.body_timeout_s
         self._max_form_bytes = config.max_body_bytes if batches is None else batches.max_file_bytes + _FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +124,7 @@ class Door:
             return
         about: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "http_request_id": uuid.uuid4().hex}
         limit = self._limit(scope)
-        visit = _Visit(send, limit, receive, about)
+        visit = _Visit(send, limit, self._body_timeout_s, receive, about)
         token = facts.set(about)
         try:
             try:
@@ -207,13 +209,17 @@ class Door:
 class _Visit:
     """One request on its way through the door."""
 
-    def __init__(self, send: Send, max_body_bytes: int, receive: Receive, about: dict[str, Any]) -> None:
+    def __init__(
+        self, send: Send, max_body_bytes: int, body_timeout_s: float, receive: Receive, about: dict[str, Any]
+    ) -> None:
         self.began = time.perf_counter()
         self.status = 0
         self.num_bytes = 0
         self._send = send
         self._receive = receive
         self._bytes_left = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._body_ended = False
         self._about = about
 
     async def send(self, message: Message) -> None:
@@ -230,8 +236,18 @@ class _Visit:
         await self._send(message)
 
     async def receive(self) -> Message:
-        """Pass a part of the body on, as long as it is not too long."""
-        message = await self._receive()
+        """Pass a part of the body on, as long as it comes and is not too long."""
+        if self._body_ended:
+            return await self._receive()  # only returns when the client leaves
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                message = await self._receive()
+        except TimeoutError:
+            # What may still come belongs to this request, so the connection is of no more use.
+            raise HTTPException(
+                408, f"no more of the body has come for {self._body_timeout_s:g} s", {"connection": "close"}
+            ) from None
+        self._body_ended = not message.get("more_body", False)
         self._bytes_left -= len(message.get("body", b""))
         if self._bytes_left < 0:
             raise HTTPException(413, "the body is too long")

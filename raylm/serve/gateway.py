@@ -35,6 +35,7 @@ from raylm.errors import (
     ModelNotFoundError,
     NoActorError,
     RaylmError,
+    RequestIncompleteError,
     RequestTooLargeError,
     SessionNotFoundError,
 )
@@ -689,8 +690,12 @@ async def _on_invalid(_: HTTPRequest, invalid: RequestValidationError) -> Respon
     return JSON(error_body(error, param), status_code=error.status_code)
 
 
+_DOOR_ERRORS = {kind.status_code: kind for kind in (RequestIncompleteError, RequestTooLargeError)}
+"""What the door raises while the body is read, where only an HTTPException gets through FastAPI."""
+
+
 async def _on_http(_: HTTPRequest, error: HTTPException) -> Response:
-    kind = RequestTooLargeError if error.status_code == RequestTooLargeError.status_code else HTTPException
+    kind = _DOOR_ERRORS.get(error.status_code, HTTPException)
     facts.get({}).update(error=kind.__name__)
     detail = {"message": str(error.detail), "type": kind.__name__, "param": None, "code": error.status_code}
     return JSON({"error": detail}, status_code=error.status_code, headers=error.headers)

@@ -53,6 +53,7 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
             "api_keys_env": "RAYLM_TEST_KEYS",
             "api_keys_file": str(file),
             "max_body_bytes": 100_000,
+            "body_timeout_s": 1,
             "max_prompts": 4,
             "request_timeout_s": 10,
             "heartbeat_s": 0.2,

@@ -242,15 +242,35 @@ def test_header_against_body(simulated_endpoint: ServeCommand) -> None:
 # Clients that are slow, or gone
 
 
-def test_slow_loris(strict_endpoint: ServeCommand) -> None:
-    """Clients that send a byte now and then hold up nobody else."""
-    request = raw(CHAT, b"{" + b" " * 100)
+@pytest.mark.parametrize("sent", [b"POST /v1/chat", b"\r\ncontent-length: 101\r\n", b"\r\n\r\n", b"\r\n\r\n{ "])
+def test_slow_loris(strict_endpoint: ServeCommand, sent: bytes) -> None:
+    """Clients that fall silent in mid-request, in its head or its body, get status 408, and hold up nobody else."""
+    request = raw(CHAT, b"{" + b" " * 100, f"authorization: Bearer {KEYS[0]}".encode())
+    half = request[: request.index(sent) + len(sent)]
     with ExitStack() as stack:
         slow = [stack.enter_context(connection(strict_endpoint)) for _ in range(50)]
-        for position in range(20):
-            for connected in slow:
-                connected.sendall(request[position : position + 1])
+        for connected in slow:
+            connected.sendall(half)
+        assert strict_endpoint.get("/v1/models", headers=KEY).status_code == 200
+        for connected in slow:
+            assert connected.recv(4096).split()[1] == b"408"
+    assert strict_endpoint.get("/v1/models", headers=KEY).status_code == 200
+
+
+def test_slow_file(strict_endpoint: ServeCommand) -> None:
+    """A body that takes longer than any of its silences may goes on being read: as a form that ends in nothing here."""
+    header = f"authorization: Bearer {KEYS[0]}".encode()
+    request = raw("/v1/files", b" " * 10_000, header).replace(b"application/json", b"multipart/form-data; boundary=x")
+    head = request[: request.index(b"\r\n\r\n") + 4]
+    began, num_sent = time.monotonic(), 0
+    with connection(strict_endpoint) as connected:
+        connected.sendall(head)
+        while time.monotonic() < began + 3:
+            connected.sendall(b" ")
+            num_sent += 1
             assert strict_endpoint.get("/v1/models", headers=KEY).status_code == 200
+        connected.sendall(b" " * (10_000 - num_sent))
+        assert connected.recv(4096).split()[1] == b"400"
 
 
 @pytest.mark.parametrize("stream", [False, True])

