@@ -1,11 +1,9 @@
-"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with five things mended.
+"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with four things mended.
 
 Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It looks for the
 gateways on the node's own address, where gateways that are for this machine alone do not listen. It outlives a Serve
-that is killed, with its ports; here the kernel ends it with its parent. It waits an hour for a client that is silent,
-so that some thousands of half requests lock everybody out; here it waits less. And Serve, to see when a client leaves,
-reads a body into memory as fast as it comes; a file that is uploaded is told apart by a header that has Serve leave it
-to us.
+that is killed, with its ports; here the kernel ends it with its parent. And it waits an hour for a client that is
+silent, so that some thousands of half requests lock everybody out; here it waits less.
 
 Ray Serve finds it by `RAY_SERVE_HAPROXY_BINARY_PATH`. Source: ray 2.60, serve/_private/haproxy.py and
 haproxy_templates.py.
@@ -29,17 +27,12 @@ _OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*
 
 _SERVER = re.compile(r"^(\s*server \S+ )\S+(:\d+ )", re.MULTILINE)
 
-_FRONTEND = re.compile(r"^(frontend http_frontend\s*\n\s*bind .*\n)", re.MULTILINE)
-
 _PATIENCE = re.compile(r"^( *timeout client )3600s\n", re.MULTILINE)
 
 _LESS_PATIENCE = r"\g<1>60s\n    timeout http-request 10s\n"
 """The second is for the head of a request. The first is for a client that does not send the rest, when the gateway has
 answered already, or that does not read; an answer may take as long as it likes. It is Serve's own that is replaced:
 `RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S` still says another."""
-
-_UPLOADS = "    http-request set-header x-request-disconnect-disabled ?1 if METH_POST { path /v1/files }\n"
-"""Source: ray 2.60, SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER in serve/_private/constants.py."""
 
 
 def mended(configuration: str, *, loopback: bool) -> str:
@@ -51,7 +44,6 @@ def mended(configuration: str, *, loopback: bool) -> str:
     """
     configuration = _OPEN_BIND.sub(r"\g<1>127.0.0.1:", configuration)
     configuration = _PATIENCE.sub(_LESS_PATIENCE, configuration)
-    configuration = _FRONTEND.sub(lambda found: found[1] + _UPLOADS, configuration)
     return _SERVER.sub(r"\g<1>127.0.0.1\g<2>", configuration) if loopback else configuration
 
 

@@ -21,6 +21,7 @@ from raylm.config import ModelConfig, ServeConfig
 from raylm.errors import EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.haproxy import LOOPBACK
+from raylm.serve.headers import IMPORT_PATH
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def prepare_environment(proxy: Proxy) -> tuple[Literal["haproxy", "python"], str
         if chosen == "python" and proxy == "haproxy":
             raise EngineStartError(f"proxy: {why}")
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(chosen == "haproxy"))
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
     # The gateway's coroutines then run on the loop that has the connection, and not behind a queue in another thread.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     # Serve waits so long (30 s by itself) for balancers in front to see that a gateway goes; streams have longer.

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psutil
 import pytest
 import requests
 
@@ -30,8 +31,32 @@ def python_endpoint() -> Iterator[ServeCommand]:
         yield command
 
 
+class Front(Protocol):
+    """What answers HTTP: an endpoint, or a gateway of one."""
+
+    url: str
+
+
+class Gateway:
+    """A gateway that is asked directly, and not through HAProxy."""
+
+    def __init__(self, endpoint: ServeCommand) -> None:
+        gateway = endpoint.processes("ray::ServeReplica:raylm:gateway")[0]
+        ports = {one.laddr.port for one in gateway.net_connections("tcp4") if one.status == psutil.CONN_LISTEN}
+        (port,) = (port for port in ports if 30000 <= port <= 31000)
+        self.url = f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(params=["haproxy", "python", "gateway"])
+def front(request: pytest.FixtureRequest) -> tuple[Front, ServeCommand]:
+    """Each of what clients may reach, with the endpoint that it belongs to."""
+    name = "python_endpoint" if request.param == "python" else "simulated_endpoint"
+    endpoint: ServeCommand = request.getfixturevalue(name)
+    return Gateway(endpoint) if request.param == "gateway" else endpoint, endpoint
+
+
 @contextmanager
-def connection(endpoint: ServeCommand) -> Iterator[socket.socket]:
+def connection(endpoint: Front) -> Iterator[socket.socket]:
     """A bare connection."""
     host, _, port = endpoint.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=60) as connected:
@@ -50,7 +75,7 @@ def raw(path: str, body: bytes, *headers: bytes, method: bytes = b"POST") -> byt
     return b"\r\n".join([*lines, b"", body])
 
 
-def status_of(endpoint: ServeCommand, request: bytes) -> int:
+def status_of(endpoint: Front, request: bytes) -> int:
     """Send bytes and return the status of the answer."""
     with connection(endpoint) as connected:
         connected.sendall(request)
@@ -231,6 +256,36 @@ def test_header_tricks(simulated_endpoint: ServeCommand, headers: list[bytes]) -
     assert status_of(simulated_endpoint, raw(CHAT, json.dumps(HELLO).encode(), *headers)) == 400
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"x-session-id: \xff",
+        b"x-request-id: \xff",
+        b"X-Request-Id: \xff",
+        b"serve_multiplexed_model_id: \xff",
+        b"serve-multiplexed-model-id: \xff",
+        b"x-request-timeout-seconds: 1\r\nx-session-id: \xff",
+    ],
+)
+def test_header_that_serve_cannot_read(front: tuple[Front, ServeCommand], header: bytes) -> None:
+    """A header that Serve reads, and that is not ASCII, is refused, and does not make Serve fail."""
+    assert status_of(front[0], raw(CHAT, json.dumps(HELLO).encode(), header)) == 400
+
+
+@pytest.mark.parametrize("header", [b"x-request-disconnect-disabled: \xff", b"x-request-timeout-seconds: \xff"])
+def test_header_that_nobody_reads(front: tuple[Front, ServeCommand], header: bytes) -> None:
+    """What Serve would obey is passed over, whatever is in it."""
+    assert status_of(front[0], raw(CHAT, json.dumps(HELLO).encode(), header)) == 200
+
+
+def test_no_client_cuts_a_stream(front: tuple[Front, ServeCommand]) -> None:
+    """Serve's header for a deadline, which it keeps by cutting the connection, is passed over."""
+    body = {**HELLO, "max_tokens": 400, "stream": True}  # 2 s
+    headers = {"x-request-timeout-seconds": "0.5"}
+    text = requests.post(front[0].url + CHAT, json=body, headers=headers, timeout=60).text
+    assert text.endswith("data: [DONE]\n\n")
+
+
 def test_header_against_body(simulated_endpoint: ServeCommand) -> None:
     """Header and body may both name the session, if it is the same one."""
     headers = {"x-session-id": "7"}
@@ -273,17 +328,15 @@ def test_slow_file(strict_endpoint: ServeCommand) -> None:
         assert connected.recv(4096).split()[1] == b"400"
 
 
+@pytest.mark.parametrize("header", [b"accept: */*", b"x-request-disconnect-disabled: ?1"])
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("proxy", ["haproxy", "python"])
-def test_client_leaves(
-    simulated_endpoint: ServeCommand, python_endpoint: ServeCommand, stream: bool, proxy: str
-) -> None:
-    """When the client is gone, its request is ended in the engine."""
-    endpoint = simulated_endpoint if proxy == "haproxy" else python_endpoint
+def test_client_leaves(front: tuple[Front, ServeCommand], stream: bool, header: bytes) -> None:
+    """When the client is gone, its request is ended in the engine; also that of one that asks Serve not to look."""
+    asked, endpoint = front
     aborted = endpoint.state()["num_aborted"]
     body = {**HELLO, "max_tokens": 8000, "stream": stream}
-    with connection(endpoint) as connected:
-        connected.sendall(raw(CHAT, json.dumps(body).encode()))
+    with connection(asked) as connected:
+        connected.sendall(raw(CHAT, json.dumps(body).encode(), header))
         wait_for(lambda: endpoint.state()["num_running"] == 1)
     left_at = time.monotonic()
     wait_for(lambda: endpoint.state()["num_running"] == 0)
