@@ -15,7 +15,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from raylm.engines.simulated import greedy_text
-from tests.serve.command import ServeCommand, wait_for
+from tests.serve.command import ServeCommand, serve_command, wait_for
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6}
 
@@ -402,26 +402,71 @@ def _metrics(endpoint: ServeCommand) -> dict[str, float]:
     return {f"{sample.name}{sorted(sample.labels.items())}": sample.value for sample in samples}
 
 
-def test_metrics(simulated_endpoint: ServeCommand) -> None:
+def test_metrics(simulated_endpoint: ServeCommand, session_id: str) -> None:
     """Counters count what was sent, over all gateways; histograms agree with them."""
     label = "[('model', 'sim')]"
     before = _metrics(simulated_endpoint)
     for _ in range(6):
         assert simulated_endpoint.post("/generate", {"inputs": "a b", **GREEDY}).status_code == 200
+    stream_chat(simulated_endpoint, "c d", session_id=session_id, sequence_end=False)
     assert simulated_endpoint.post("/generate", {"inputs": "FAIL", **GREEDY}).status_code == 500
 
     def grown(name: str) -> float:
         return _metrics(simulated_endpoint)[name + label] - before[name + label]
 
     expected = {
-        "raylm_requests_finished_total": 6,
+        "raylm_requests_finished_total": 7,
         "raylm_requests_failed_total": 1,
-        "raylm_tokens_total": 36,
-        "raylm_first_token_seconds_count": 6,
-        "raylm_queue_seconds_count": 6,
+        "raylm_tokens_total": 42,
+        "raylm_first_token_seconds_count": 7,
+        "raylm_token_gap_seconds_count": 7,
+        "raylm_queue_seconds_count": 7,
+        "raylm_sessions": 1,
     }
     wait_for(lambda: {name: grown(name) for name in expected} == expected)
-    assert _metrics(simulated_endpoint)["raylm_requests_running" + label] == 0
+    after = _metrics(simulated_endpoint)
+    assert after["raylm_requests_running" + label] == 0
+    # What failed was tried again, each time in place of an attempt that was lost.
+    moves = "raylm_moves_total[('cause', 'failed'), ('model', 'sim')]"
+    moved = after[moves] - before.get(moves, 0)
+    assert moved > 0
+    assert after["raylm_attempts_total" + label] - before["raylm_attempts_total" + label] == 8 + moved
+
+
+def _slot_metrics(endpoint: ServeCommand, name: str) -> list[float]:
+    metrics = _metrics(endpoint)
+    return [metrics[f"raylm_slot_{name}[('model', 'sim'), ('slot', '{slot}')]"] for slot in range(2)]
+
+
+def test_metrics_of_slots(simulated_endpoint: ServeCommand) -> None:
+    """Each slot tells whether it is up, what it works on, and how many tokens its engine has made."""
+    before = _slot_metrics(simulated_endpoint, "tokens_total")
+    with running(simulated_endpoint, "/v1/completions", {"prompt": "hi", "max_tokens": 8000}):
+        wait_for(lambda: sorted(_slot_metrics(simulated_endpoint, "running")) == [0, 1])
+        busy = _slot_metrics(simulated_endpoint, "running").index(1)
+        assert _slot_metrics(simulated_endpoint, "outstanding_tokens")[busy] >= 8000
+        wait_for(lambda: _slot_metrics(simulated_endpoint, "tokens_total")[busy] > before[busy])
+    wait_for(lambda: _slot_metrics(simulated_endpoint, "running") == [0, 0])
+    wait_for(lambda: _slot_metrics(simulated_endpoint, "outstanding_tokens") == [0, 0])
+    assert _slot_metrics(simulated_endpoint, "up") == [1, 1]
+    assert _slot_metrics(simulated_endpoint, "deaths_total") == [0, 0]
+
+
+def test_metrics_of_a_rescue() -> None:
+    """What the watchdog has rescued is a move of its own cause, and the actor that hung is a death in its slot."""
+    hanging = {"kind": "simulated", "faults": [{"match": "HANG", "at_token": 3, "action": "hang"}]}
+    pool = {"first_token_timeout_s": 1, "token_gap_timeout_s": 1, "health_timeout_s": 1}
+    model = {"name": "sim", "engines": [hanging, {"kind": "simulated"}], "pool": pool}
+    with serve_command({"models": [model]}, proxy="python") as endpoint:
+        wait_for(lambda: _slot_metrics(endpoint, "up") == [1, 1])
+        with running(endpoint, "/v1/completions", {"prompt": "HANG", "max_tokens": 100}) as first:
+            # One of two that run at the same time is at the actor that hangs.
+            answer = endpoint.post("/generate", {"inputs": "HANG", **GREEDY})
+            assert answer.json()["text"] == greedy_text("HANG", 6)
+            assert "error" not in list(first)[-1]
+        wait_for(lambda: _metrics(endpoint).get("raylm_moves_total[('cause', 'silent'), ('model', 'sim')]", 0) >= 1)
+        wait_for(lambda: _slot_metrics(endpoint, "deaths_total")[0] >= 1)
+        wait_for(lambda: _slot_metrics(endpoint, "up") == [1, 1])
 
 
 def test_docs(simulated_endpoint: ServeCommand) -> None:
