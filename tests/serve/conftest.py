@@ -8,7 +8,9 @@ import pytest
 
 from tests.serve.command import ServeCommand, serve_command
 
-SIMULATED = {"kind": "simulated", "tokens_per_s": 200, "replicas": 2}
+TOKENS_PER_S = 200
+
+SIMULATED = {"kind": "simulated", "tokens_per_s": TOKENS_PER_S, "replicas": 2}
 
 KEYS = ("key-of-the-environment", "another-key", "key-of-the-file")
 """What opens `strict_endpoint`."""
