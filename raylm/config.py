@@ -227,7 +227,7 @@ class HTTPConfig(_Placed):
         capacity: Requests at the server at a time, and connections to it.
         max_context: Prompt and generated tokens together; None asks the server, which may not tell.
         connect_timeout_s: Limit on connecting.
-        idle_timeout_s: Limit on the silence in a response.
+        idle_timeout_s: Limit on the silence in a response; before its first token, on that in all responses.
     """
 
     kind: Literal["http"] = "http"
@@ -254,7 +254,7 @@ class TritonConfig(_Placed):
         ca_file: Certificates to check the server's against; None takes the system's.
         key_file: This client's private key, for mutual TLS.
         certificate_file: This client's certificate, for mutual TLS.
-        idle_timeout_s: Limit on the silence in a response.
+        idle_timeout_s: Limit on the silence in a response; before its first token, on that in all responses.
         start_timeout_s: How long to wait for a server that is down, and for a model that is being loaded.
     """
 

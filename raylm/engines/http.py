@@ -17,7 +17,7 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -44,7 +44,7 @@ from raylm.engines.dialects import (
 )
 from raylm.engines.sse import EventParser, LineParser
 from raylm.engines.text import StopWords
-from raylm.engines.upstream import CONNECT, NOT_HTTP, TLS, Breaker, excerpt, refusal, translate
+from raylm.engines.upstream import CONNECT, NOT_HTTP, SILENT, TLS, Breaker, excerpt, refusal, translate
 from raylm.errors import (
     EngineError,
     EngineStartError,
@@ -213,6 +213,43 @@ class _Generation:
         self._emit(last)
 
 
+class _Watch:
+    """Ends what is in a scope when nothing was heard for too long.
+
+    Before the first event a request may wait in the server for its turn: it is left there while others get tokens.
+
+    Args:
+        scope: What to end.
+        limit_s: How long that is.
+        others_heard_at: When any request of the engine last heard something, on the loop's clock.
+
+    Attributes:
+        heard_at: When this one did. One timer looks at it now and then.
+        begun: Whether it has.
+    """
+
+    def __init__(self, scope: asyncio.Timeout, limit_s: float, others_heard_at: Callable[[], float]) -> None:
+        self._scope = scope
+        self._limit_s = limit_s
+        self._others_heard_at = others_heard_at
+        self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
+        self.begun = False
+        self._timer = self._loop.call_later(limit_s, self._look)
+
+    def _look(self) -> None:
+        heard_at = self.heard_at if self.begun else max(self.heard_at, self._others_heard_at())
+        left_s = heard_at + self._limit_s - self._loop.time()
+        if left_s > 0.001:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._scope.reschedule(0)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._timer.cancel()
+
+
 class HTTPEngine:
     """Generates at a server that speaks OpenAI's protocol, and knows the extensions of lmdeploy, vllm and sglang.
 
@@ -248,6 +285,7 @@ class HTTPEngine:
         self._breaker = Breaker()
         self._probing = False
         self._num_tokens = 0
+        self._heard_at = 0.0  # when the latest token of any request came
 
     async def start(self) -> EngineInfo:
         """Ask the server what it is. See `engines.base.Engine.start`. After a failure it may be called again.
@@ -272,9 +310,7 @@ class HTTPEngine:
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Content-Type": "application/json", **_authorization(config)},
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=config.connect_timeout_s, sock_read=config.idle_timeout_s
-            ),
+            timeout=self._timeouts(config.idle_timeout_s),
         )
         return EngineInfo(
             engine="http",
@@ -294,7 +330,8 @@ class HTTPEngine:
             UpstreamError: the server failed, or has failed so often that it is not tried at present; or the answer
                 cannot be continued exactly.
             ProtocolError: what the server sends cannot be understood.
-            RequestTimeoutError: the server was silent for `idle_timeout_s`.
+            RequestTimeoutError: the server was silent for `idle_timeout_s`: after the first token of this request, or
+                towards all requests of this engine.
         """
         _check(request)
         # A timeout that `close` sets off: it ends the request wherever it waits, and is no cancellation by the caller.
@@ -341,14 +378,33 @@ class HTTPEngine:
         self._breaker.succeed()
 
     async def _stream(self, call: Call, generation: _Generation) -> None:
+        body = await self._body(call)
+        idle_timeout_s = self._config.idle_timeout_s
+        try:
+            async with asyncio.timeout(None) as scope:
+                watch = _Watch(scope, idle_timeout_s, lambda: self._heard_at)
+                try:
+                    await self._read(call, body, generation, watch)
+                finally:
+                    watch.stop()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise RequestTimeoutError(
+                SILENT.format(url=self._url, error="no event", idle_timeout_s=idle_timeout_s)
+            ) from None
+
+    async def _read(self, call: Call, body: bytes, generation: _Generation, watch: _Watch) -> None:
+        time = asyncio.get_running_loop().time
         lines = call.path == INTERACTIVE
         parser: EventParser | LineParser = LineParser() if lines else EventParser()
         read = READERS[call.path]
         done = stopped = ended = False
-        async with self._post(call.path, await self._body(call), stream=True) as response:
+        async with self._post(call.path, body, watch) as response:
             content = response.content
             while not (done or stopped or ended):
                 chunk = await content.readany()
+                watch.heard_at = time()
                 ended = not chunk
                 pieces = []
                 for event in parser.finish() if ended else parser.feed(chunk):
@@ -360,9 +416,12 @@ class HTTPEngine:
                     except ErrorEventError as error:
                         raise self._refusal(None, error.body) from None
                 if pieces:
+                    watch.begun = True
+                    self._heard_at = watch.heard_at
                     before = generation.num_tokens
                     stopped = generation.advance(pieces)
                     self._num_tokens += generation.num_tokens - before
+            watch.stop()
             if stopped:
                 response.close()  # a server that does not know this stop word would go on
             elif not done and not lines:
@@ -383,7 +442,7 @@ class HTTPEngine:
         """
         counting = call.counting()
         try:
-            async with self._post(counting.path, await self._body(counting), stream=False) as response:
+            async with self._post(counting.path, await self._body(counting)) as response:
                 answer = await response.read()
             counted = msgspec.json.decode(answer, type=_Counted)
         except (RaylmError, aiohttp.ClientError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -398,14 +457,23 @@ class HTTPEngine:
         return _to_json({**call.body, "input_ids": await self._ask_tokens(ENCODE, {"input": call.encode})})
 
     @contextlib.asynccontextmanager
-    async def _post(self, path: str, body: bytes, *, stream: bool) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request, again where nothing came of it, and yield the answer once it is no refusal."""
+    async def _post(self, path: str, body: bytes, watch: _Watch | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request, again where nothing came of it, and yield the answer once it is no refusal.
+
+        Args:
+            path: The route.
+            body: What to send.
+            watch: Has an eye on the answer, which is a stream then.
+        """
+        timeouts = self._timeouts(None if watch else self._config.idle_timeout_s)
         for tries in range(1, _MAX_TRIES + 1):
             if self._session is None:
                 raise _not_running()
             wait_s = _RETRY_S * 2 ** (tries - 1)
             try:
-                response = await self._session.post(self._url + path, data=body, allow_redirects=False)
+                response = await self._session.post(
+                    self._url + path, data=body, allow_redirects=False, timeout=timeouts
+                )
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 if tries == _MAX_TRIES or isinstance(error, aiohttp.ClientSSLError):
                     raise
@@ -417,7 +485,7 @@ class HTTPEngine:
                 wait_s = 0.0
             else:
                 try:
-                    if response.status == requests.codes.ok and not (stream and _is_document(response)):
+                    if response.status == requests.codes.ok and not (watch and _is_document(response)):
                         yield response
                         return
                     refused = self._refusal(
@@ -431,7 +499,12 @@ class HTTPEngine:
                     wait_s = refused.retry_after_s
                 if tries == _MAX_TRIES or response.status not in (429, 503) or wait_s > _MAX_RETRY_AFTER_S:
                     raise refused
+            if watch is not None:
+                watch.heard_at = asyncio.get_running_loop().time() + wait_s
             await asyncio.sleep(wait_s)
+
+    def _timeouts(self, idle_timeout_s: float | None) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=None, sock_connect=self._config.connect_timeout_s, sock_read=idle_timeout_s)
 
     async def tokenize(self, request: Request) -> tuple[int, ...]:
         """Return the ids of the prompt's tokens, where the server has a route that tells them.
@@ -452,7 +525,7 @@ class HTTPEngine:
         return tuple(token_ids)
 
     async def _ask_tokens(self, path: str, body: dict[str, Any]) -> list[int]:
-        async with self._post(path, _to_json(body), stream=False) as response:
+        async with self._post(path, _to_json(body)) as response:
             answer = await response.read()
         try:
             counted = msgspec.json.decode(answer, type=_Encoded)

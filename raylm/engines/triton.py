@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,12 @@ class _Connection:
 class _Watch:
     """Cancels a call when nothing was heard for too long.
 
+    Before its first response a request may wait in the server for its turn: it is left there while others get tokens.
+
     Args:
         call: A call of gRPC.
         limit_s: How long that is.
+        others_heard_at: When any call of the engine last heard something, on the loop's clock.
 
     Attributes:
         heard_at: When the last response came, on the loop's clock. One timer looks at it now and then: a timer for each
@@ -149,18 +153,22 @@ class _Watch:
         expired: It was cancelled.
     """
 
-    __slots__ = ("_call", "_limit_s", "_loop", "_timer", "expired", "heard_at")
+    __slots__ = ("_call", "_limit_s", "_loop", "_others_heard_at", "_started_at", "_timer", "expired", "heard_at")
 
-    def __init__(self, call: Any, limit_s: float) -> None:
+    def __init__(self, call: Any, limit_s: float, others_heard_at: Callable[[], float]) -> None:
         self._call = call
         self._limit_s = limit_s
+        self._others_heard_at = others_heard_at
         self._loop = asyncio.get_running_loop()
-        self.heard_at = self._loop.time()
+        self.heard_at = self._started_at = self._loop.time()
         self.expired = False
         self._timer = self._loop.call_later(limit_s, self._look)
 
     def _look(self) -> None:
-        left_s = self.heard_at + self._limit_s - self._loop.time()
+        heard_at = self.heard_at
+        if heard_at == self._started_at:
+            heard_at = max(heard_at, self._others_heard_at())
+        left_s = heard_at + self._limit_s - self._loop.time()
         if left_s > 0.001:
             self._timer = self._loop.call_later(left_s, self._look)
         else:
@@ -209,6 +217,7 @@ class TritonEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._num_tokens = 0
+        self._heard_at = 0.0  # when the latest response of any stream came
 
     async def start(self) -> EngineInfo:
         """Connect, and find out what the model is. See `engines.base.Engine.start`.
@@ -254,7 +263,8 @@ class TritonEngine:
             ContextLengthError: the prompt leaves no room for a token.
             UpstreamError: the server is down, or failed.
             ProtocolError: the server's answer makes no sense.
-            RequestTimeoutError: the server was silent for `idle_timeout_s`.
+            RequestTimeoutError: the server was silent for `idle_timeout_s`: after the first token of this request, or
+                towards all requests of this engine.
             AuthenticationError: the server does not let this client in.
             EngineError: the engine has not started, or was closed.
         """
@@ -510,11 +520,11 @@ class TritonEngine:
         names: list[str] = []
         cancelling = _cancelling()
         call = self._connected().stream(_pack(model, values))
-        watch = _Watch(call, self._config.idle_timeout_s)
+        watch = _Watch(call, self._config.idle_timeout_s, lambda: self._heard_at)
         time = asyncio.get_running_loop().time
         try:
             async for answer in call:
-                watch.heard_at = time()
+                watch.heard_at = self._heard_at = time()
                 if done:
                     continue
                 if answer.error_message:

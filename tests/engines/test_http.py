@@ -740,6 +740,33 @@ async def test_stall(start: Start, parts: list[bytes]) -> None:
     await until(lambda: toy.num_running == 0)
 
 
+async def test_requests_may_wait_for_their_turn_in_the_server(start: Start) -> None:
+    """Before its first token a request is left where it is while others get theirs, and no longer."""
+    toy, engine = await start(Toy(max_context=100_000), idle_timeout_s=0.2)
+    turn = asyncio.Event()
+
+    async def queue(request: web.Request) -> web.StreamResponse:
+        await turn.wait()
+        return await toy.answer_well(request)
+
+    busy = Record()
+    running = asyncio.create_task(
+        engine.generate(make_request(STORY, max_new_tokens=50_000, ignore_eos=True), busy.emit)
+    )
+    await busy.wait()
+    toy.script = [queue] * 6  # more than open the breaker
+    waiting = [asyncio.create_task(run(engine, make_request(STORY, max_new_tokens=3))) for _ in toy.script]
+    await busy.wait(len(busy.deltas) + 300)  # 0.6 s at 500 tokens/s
+    turn.set()
+    assert all([(await each).text for each in waiting])
+    toy.script = [stream(then="stall")]
+    stalled = asyncio.create_task(run(engine, make_request(STORY)))
+    await until(lambda: toy.num_running == 2)
+    running.cancel()
+    with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
+        await stalled
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after_is_waited_for(start: Start, status: int) -> None:
     """A full server is asked again after the time that it names."""

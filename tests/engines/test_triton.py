@@ -520,6 +520,21 @@ async def test_silence(server: TritonServer, model: str) -> None:
         assert (await run(engine, slow)).usage.completion_tokens == 5
 
 
+@pytest.mark.parametrize("model", ["vllm", "turbomind"])
+async def test_requests_may_wait_for_their_turn_in_the_server(server: TritonServer, model: str) -> None:
+    """Before its first token a request is left where it is while others get theirs, and no longer."""
+    busy = Record()
+    async with connect(server, model, idle_timeout_s=0.3) as engine:
+        request = make_request(prompt_of("[[pace=0.02]]"), max_new_tokens=900)
+        running = asyncio.create_task(engine.generate(request, busy.emit))
+        waiting = asyncio.create_task(run(engine, make_request(prompt_of("[[hang=1]]"), max_new_tokens=3)))
+        await busy.wait(50)  # 1 s
+        assert not waiting.done()
+        running.cancel()
+        with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
+            await waiting
+
+
 @pytest.mark.parametrize("model", TEXT_MODELS)
 async def test_cancellation_reaches_the_server(server: TritonServer, model: str) -> None:
     """The server stops working on a request that was cancelled."""
