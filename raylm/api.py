@@ -131,7 +131,7 @@ class AsyncLMDeployPipeline(AsyncChatbot):
 
     def _complete(self, config: EngineConfig) -> EngineConfig:
         model = {"path": self.path, "model_name": self.model_name or short_name(self.path)}
-        if isinstance(config, LMDeployConfig):
+        if isinstance(config, LMDeployConfig | APIServerConfig):
             return config.model_copy(update={**model, "tp": self.tp})
         if self.tp != 1:
             raise InvalidRequestError(f"tp={self.tp} spreads a model over GPUs; a {config.kind} engine takes tp=1")

@@ -15,6 +15,7 @@ import pytest
 
 from raylm import (
     INTERNLM2_META,
+    APIServerConfig,
     AsyncLMDeployPipeline,
     Fault,
     LMDeployConfig,
@@ -24,6 +25,7 @@ from raylm import (
     Status,
 )
 from raylm.chatbot import LoopThread
+from raylm.config import EngineConfig
 from raylm.engines.simulated import greedy_text
 from raylm.errors import (
     EngineStartError,
@@ -299,6 +301,13 @@ def test_wrong_settings_raise(cluster: str, wrong: dict[str, Any]) -> None:
     """A wrong backend, tp or replicas raises InvalidRequestError before anything is started."""
     with pytest.raises(InvalidRequestError):
         LMDeployPipeline("any", **wrong)
+
+
+@pytest.mark.parametrize("given", [LMDeployConfig(), APIServerConfig(server_port=0)], ids=lambda given: given.kind)
+def test_settings_of_lmdeploy_get_the_model(given: EngineConfig) -> None:
+    """In process or in a server of its own, lmdeploy gets the arguments' model, name and tp."""
+    (config,) = AsyncLMDeployPipeline("folder/model", "name", 2, backend_config=given)._place()
+    assert config == given.model_copy(update={"path": "folder/model", "model_name": "name", "tp": 2})
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,14 @@ class _Logprobs(msgspec.Struct):
 
 class _Text(msgspec.Struct):
     content: str | None = None
+    # What a server's parser takes out of the text: lmdeploy's and older vllm's name, newer vllm's name.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def whole(self) -> str:
+        """The text as the model wrote it, but for the marks around its reasoning."""
+        return (self.reasoning_content or self.reasoning or "") + (self.content or "")
 
 
 class _Choice(msgspec.Struct):
@@ -629,7 +637,7 @@ def read_event(data: bytes) -> Piece:
     if not event.choices:
         return Piece(usage=event.usage)
     choice = event.choices[0]
-    text = (choice.text if choice.delta is None else choice.delta.content) or ""
+    text = (choice.text or "") if choice.delta is None else choice.delta.whole
     # A part of a character has no text yet. In a chat, an event without text is more likely to tell the role.
     is_token = bool(text) or (choice.delta is None and choice.finish_reason is None)
     piece = Piece(text, int(is_token), usage=event.usage)

@@ -262,6 +262,9 @@ class HTTPEngine:
     a token. A server that tells none in its streams is asked for them afterwards; `Usage.prompt_tokens` is 0 where it
     does not tell even then.
 
+    Reasoning that a server tells apart from the text (`reasoning_content`) comes before it as text of the same answer:
+    the model wrote it, and its tokens are counted. The marks around it are not told.
+
     An answer is continued from the text of its earlier attempt. It arrives at the greedy text of an undisturbed one
     where the tokenizer cuts that text into the tokens that the model wrote. One with a repetition penalty is generated
     again from its start at a server of lmdeploy, which would not penalise the tokens of the earlier attempt; if it
@@ -325,6 +328,8 @@ class HTTPEngine:
         """Generate one request. See `engines.base.Engine.generate`. Cancelling it closes the connection.
 
         Raises:
+            InvalidRequestError: the server refuses the request. ContextLengthError, ModelNotFoundError (404) or
+                RequestTooLargeError (413) where it says that.
             AuthenticationError: the server refuses the key.
             PoolSaturatedError: the server is full; `retry_after_s` says for how long, where it tells.
             UpstreamError: the server failed, or has failed so often that it is not tried at present; or the answer

@@ -16,10 +16,12 @@ from raylm.errors import (
     AuthenticationError,
     ContextLengthError,
     InvalidRequestError,
+    ModelNotFoundError,
     PoolSaturatedError,
     ProtocolError,
     RaylmError,
     RequestTimeoutError,
+    RequestTooLargeError,
     UpstreamError,
 )
 
@@ -101,13 +103,13 @@ def refusal(
     if status in (401, 403):
         return AuthenticationError(f"{text}; set api_key to one that the server knows")
     if status == 404:
-        return InvalidRequestError(f"{text}; at the start it served {', '.join(models)}")
+        return ModelNotFoundError(f"{text}; at the start it served {', '.join(models)}")
     if 300 <= status < 400:
         return ProtocolError(f"{text}; redirects are not followed, for the key would go with them: give that url")
     if 400 <= status < 500 and status not in (408, 499):
         if said is not None and (_OVER_LONG.search(said.message) or "context_length" in said.code):
             return ContextLengthError(text)
-        return InvalidRequestError(text)
+        return RequestTooLargeError(text) if status == 413 else InvalidRequestError(text)
     return UpstreamError(f"{text}; look into its log", retry_after_s=retry_after_s)
 
 

@@ -29,10 +29,12 @@ from raylm.errors import (
     ContextLengthError,
     EngineStartError,
     InvalidRequestError,
+    ModelNotFoundError,
     PoolSaturatedError,
     ProtocolError,
     RaylmError,
     RequestTimeoutError,
+    RequestTooLargeError,
     UpstreamError,
 )
 from raylm.messages import Generated, Message
@@ -133,7 +135,9 @@ def test_errors_say_what_happened() -> None:
         (422, '{"detail": [{"loc": ["body", "n"], "msg": "odd"}]}', InvalidRequestError, "odd"),
         (401, '{"detail": {"error": {"message": "no key"}}}', AuthenticationError, "no key"),
         (403, "<html><b>Forbidden</b></html>", AuthenticationError, "403: Forbidden"),
-        (404, '{"error": "no such model"}', InvalidRequestError, "served a, b"),
+        (404, '{"error": "no such model"}', ModelNotFoundError, "served a, b"),
+        (413, "", RequestTooLargeError, "nothing"),
+        (413, '{"message": "maximum context length is 8"}', ContextLengthError, "8"),
         (408, "", UpstreamError, "nothing"),
         (429, "{}", PoolSaturatedError, "429"),
         (499, "{}", UpstreamError, "499"),
@@ -684,6 +688,16 @@ async def test_stop_word_in_half_characters(start: Start) -> None:
     assert (record.text, record.finish_reason) == ("你好 世", "stop")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_reasoning_is_text(start: Start, name: str) -> None:
+    """What a server tells apart as reasoning is not lost: it is text, before the rest."""
+    toy, engine = await start(Toy("vllm"))
+    told = [{name: "Hm"}, {name: ", Paris.", "content": None}, {"content": "Paris"}]
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in told]
+    toy.script = [stream(sse(*events), sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), DONE)]
+    assert (await run(engine, make_request(QUESTION))).text == "Hm, Paris.Paris"
+
+
 async def test_gzip(start: Start) -> None:
     """A compressed answer is understood."""
     toy, engine = await start(Toy("vllm"))
@@ -710,7 +724,7 @@ async def test_gzip(start: Start) -> None:
         (answer(200, {"choices": []}), ProtocolError, "stream"),
         (answer(302, "", Location="http://elsewhere"), ProtocolError, "redirect"),
         (answer(400, {"message": "no", "code": 400}), InvalidRequestError, "no"),
-        (answer(404, {"message": "The model 'x' does not exist."}), InvalidRequestError, "toy, other"),
+        (answer(404, {"message": "The model 'x' does not exist."}), ModelNotFoundError, "toy, other"),
         (answer(500, "oops", "text/plain"), UpstreamError, "oops"),
         (answer(429, {"message": "full"}, Retry_After="60"), PoolSaturatedError, "full"),
         (answer(503, {"message": "asleep"}, Retry_After="60"), UpstreamError, "asleep"),
