@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from tritonclient.grpc.aio import InferenceServerClient
 
+from raylm import INTERNLM2_META, AsyncChatbot, Status
 from raylm.config import HTTPConfig, PoolConfig, SimulatedConfig, TritonConfig
 from raylm.engines.simulated import greedy_text as simulated_text
 from raylm.messages import Completion
@@ -198,6 +199,80 @@ async def test_a_mixed_pool_survives_each_member(start_pool: StartPool) -> None:
         assert answered == {"simulated", "http", "triton"}
 
 
+@pytest.fixture
+async def mixed(cluster: str) -> AsyncIterator[tuple[AsyncChatbot, list[Callable[[], Awaitable[None]]]]]:
+    """A chatbot over three kinds of engines, and how each of them is lost."""
+    server = Toy(tokens_per_s=100)
+    async with AsyncExitStack() as up:
+        triton = await up.enter_async_context(triton_server())
+        site = await up.enter_async_context(AsyncExitStack())
+        await site.enter_async_context(server.running())
+        engines = [SimulatedConfig(tokens_per_s=100), HTTPConfig(url=server.url), of_triton(triton)]
+        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40, "meta_template": INTERNLM2_META}
+        chatbot = await up.enter_async_context(AsyncChatbot(engines, address=cluster, **settings))
+
+        async def lose_simulated() -> None:
+            pid = chatbot.statistics().slots[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+
+        async def lose_triton() -> None:
+            os.kill(triton.pid, signal.SIGKILL)
+
+        yield chatbot, [lose_simulated, site.aclose, lose_triton]
+
+
+async def test_sessions_survive_each_member(
+    mixed: tuple[AsyncChatbot, list[Callable[[], Awaitable[None]]]],
+) -> None:
+    """A session on each member goes on though that is lost in its turn: the turn is whole, and the transcript too."""
+    chatbot, losses = mixed
+    words = "[[pace=0.01]] tell me more"
+    for slot, lose in enumerate(losses):
+        session = f"on {slot}"
+        chatbot.pool.router.pin(session, slot)
+        texts = []
+        for turn in range(3):
+            steps = chatbot.stream_chat(
+                words, session, sequence_start=not turn, sequence_end=False, ignore_eos=True, timeout=None
+            )
+            _, begun, _ = await anext(steps)
+            if turn == 1:
+                await lose()
+            *_, (status, text, num_tokens) = [step async for step in steps]
+            assert (status, num_tokens) == (Status.END, 40)
+            assert text.startswith(begun)
+            texts.append(text)
+        expected = [content for text in texts for content in (words, text)]
+        assert [message["content"] for message in await chatbot.history(session)] == expected
+    assert chatbot.statistics().num_failed == 0
+    assert chatbot.statistics().num_moved >= 3
+
+
+async def test_a_request_id_may_be_used_at_once_on_all_members(
+    mixed: tuple[AsyncChatbot, list[Callable[[], Awaitable[None]]]],
+) -> None:
+    """Requests of one id, two at each member, are as many requests."""
+    chatbot, _ = mixed
+    answers = []
+    for number in range(6):
+        session = f"{number} of one id"
+        chatbot.pool.router.pin(session, number % 3)
+        answers.append(
+            chatbot.generate(
+                f"[[endless]] {number}", session, "same", ignore_eos=True, return_dict=True, max_new_tokens=10
+            )
+        )
+    told = await asyncio.gather(*answers)
+    assert [said["receipt"]["engine"] for said in told] == ["simulated", "http", "triton"] * 2
+    for number, said in enumerate(told):
+        assert said["usage"]["completion_tokens"] == 10
+        if number % 3 != 1:
+            text = simulated_text if number % 3 == 0 else greedy_text
+            assert said["text"] == text(f"[[endless]] {number}", 10)
+    assert len({said["text"] for said in told}) == 6
+
+
 @pytest.mark.parametrize("loss", ["server", "back end"])
 async def test_a_text_is_whole_when_triton_dies_in_the_middle(start_pool: StartPool, loss: str) -> None:
     """A Triton server that is killed in mid-stream, or whose back end is, costs no character: another one goes on."""
@@ -233,33 +308,22 @@ async def test_a_text_is_whole_when_an_http_server_breaks_off(start_pool: StartP
     assert (completion.receipt.why, completion.receipt.attempts) == ("moved:failed", 2)
 
 
-async def test_triton_is_used_again_soon_after_it_is_back(start_pool: StartPool) -> None:
-    """A server that was down for seconds has its requests at most two seconds after it is back."""
+async def test_triton_that_was_down_for_half_a_minute(start_pool: StartPool) -> None:
+    """Two seconds after the server is back, pools have answers from it: one that has lost it, and one that starts."""
+    prompt = "[[endless]] go on"
     async with triton_server() as server:
         running = await start_pool(of_triton(server))
         await asyncio.to_thread(server.stop)
-        waiting = asyncio.create_task(running.pool.generate(ask("[[endless]] go on", 2)))
-        await until_state(running.pool, 0, "suspected")
+        waiting = asyncio.create_task(running.pool.generate(ask(prompt, 2)))
+        starting = asyncio.create_task(start_pool(of_triton(server)))
         # Long enough for gRPC's pauses between two tries to have grown, had they not been limited.
-        _, pending = await asyncio.wait([waiting], timeout=6)
-        assert pending
+        done, _ = await asyncio.wait([waiting, starting], timeout=30)
+        assert not done
         await asyncio.to_thread(server.start)
         async with asyncio.timeout(2):
-            completion = await waiting
-    assert completion.text == greedy_text("[[endless]] go on", 2)
-
-
-async def test_triton_that_is_down_at_the_start_is_waited_for(start_pool: StartPool) -> None:
-    """A pool with a server that is down starts when it is up, and not before."""
-    async with triton_server() as server:
-        await asyncio.to_thread(server.stop)
-        starting = asyncio.create_task(start_pool(of_triton(server)))
-        _, pending = await asyncio.wait([starting], timeout=3)
-        assert pending
-        await asyncio.to_thread(server.start)
-        running = await starting
-        completion = await running.pool.generate(ask("[[endless]] go on", 2))
-    assert completion.text == greedy_text("[[endless]] go on", 2)
+            late = (await starting).pool.generate(ask(prompt, 2))
+            completions = await asyncio.gather(waiting, late)
+    assert [completion.text for completion in completions] == [greedy_text(prompt, 2)] * 2
 
 
 async def test_a_model_that_is_unloaded_under_load(start_pool: StartPool) -> None:

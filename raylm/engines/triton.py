@@ -62,7 +62,7 @@ _CHANNEL = [
     # gRPC's own pause grows to two minutes; a server that is back must be found at once.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Engines in one process do not share a connection, nor the pauses of one that failed.
     ("grpc.use_local_subchannel_pool", 1),
 ]
