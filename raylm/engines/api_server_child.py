@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import os
 import runpy
@@ -50,8 +49,8 @@ def supervise() -> None:
     """Run the server until it ends or the actor does. Ends this process with the server's status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the actor, and that ends this
     command = sys.stdin.buffer.readline()
-    server = subprocess.Popen(
-        [sys.executable, "-P", "-m", "raylm.engines.api_server_child", "serve"],
+    server = subprocess.Popen(  # noqa: S603 - this module itself
+        [sys.executable, "-P", "-m", "raylm.engines.api_server_child", "serve", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=sys.stderr,
         process_group=0,
@@ -79,9 +78,9 @@ def _kill_group(group: int) -> None:
 
 def serve() -> None:
     """Run lmdeploy's command line in this process."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    from raylm.engines.child import end_with_parent  # which the supervisor has no need of
+
+    end_with_parent(int(sys.argv[2]))
     command = msgspec.json.decode(sys.stdin.buffer.read(), type=Command)
     path = command.path
     if Path(path).is_file():
@@ -115,4 +114,4 @@ def _refuse_unknown(options: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else supervise()
+    serve() if sys.argv[1:2] == ["serve"] else supervise()

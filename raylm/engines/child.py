@@ -226,16 +226,30 @@ def first_body(descriptor: int) -> bytearray:
 
 
 def start_child() -> BinaryIO:
-    """Make this process a child as `ChildProcess` expects one, and return the file for its reports."""
+    """Make this process a child as `ChildProcess` expects one, and return the file for its reports.
+
+    Its first argument is the parent's process id.
+    """
     # Ctrl-C reaches the whole terminal; whether it ends this process is the parent's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h. The kernel ends this process even in the middle of a step.
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    end_with_parent(int(sys.argv[1]))
     # What a library prints on stdout goes to stderr, for it would break the frames.
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return reports
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends, even in the middle of a step.
+
+    Args:
+        parent_pid: The process that started this one. If it has ended already, so does this one now.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
 
 
 class _Generation:
@@ -406,6 +420,7 @@ class ChildProcess:
             "-P",  # the parent's sys.path, below, is all there is to it
             "-m",
             self._module,
+            str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -412,6 +412,23 @@ asyncio.run(main())
         await gone([process.pid for process in processes])
 
 
+@pytest.mark.parametrize("module", ["openvino_worker", "lmdeploy_worker", "api_server_child serve"])
+async def test_parent_that_was_gone_before(module: str) -> None:
+    """A child whose parent ended before the kernel was told to tell of it ends at once, before it reads anything."""
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    name, *arguments = module.split()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", f"raylm.engines.{name}", *arguments, str(gone.pid), stdin=subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(30):
+            assert await child.wait() == 1
+    finally:
+        if child.returncode is None:
+            child.kill()
+
+
 async def test_supervisor_killed(configure: Configure, start: Start) -> None:
     """Without its supervisor the server does not live on: it counts as dead."""
     config = configure()

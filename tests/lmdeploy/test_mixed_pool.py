@@ -71,7 +71,7 @@ def losses(chatbot: Chatbot, server: Server) -> list[Callable[[], None]]:
         return psutil.Process(chatbot.statistics().slots[slot].pid)
 
     def kill_api_server() -> None:
-        (served,) = (child for child in actor(1).children(recursive=True) if child.cmdline()[-1:] == ["serve"])
+        (served,) = (child for child in actor(1).children(recursive=True) if child.cmdline()[-2:-1] == ["serve"])
         served.kill()
 
     return [lambda: actor(0).kill(), kill_api_server, server.kill]

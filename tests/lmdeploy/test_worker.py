@@ -182,7 +182,12 @@ async def test_unforeseen_error(model_folder: str) -> None:
     """An error that nobody handles ends the process, whatever threads there are, and is its last word."""
     from raylm.engines.lmdeploy_worker import Load
 
-    command = [sys.executable, "-c", f"from tests.lmdeploy.test_worker import die; die({model_folder!r})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.lmdeploy.test_worker import die; die({model_folder!r})",
+        str(os.getpid()),
+    ]
     process = await asyncio.create_subprocess_exec(
         *command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
