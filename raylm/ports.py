@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,33 @@ def free_port() -> int:
 
 def holder(port: int) -> str:
     """Return who listens on a port, as far as /proc lets this process see; "" where nobody does."""
-    inodes = {f"socket:[{inode}]" for number, inode in _listeners() if number == port}
+    inodes = _inodes(port)
+    for pid in _holders(inodes):
+        with contextlib.suppress(OSError):  # it has ended
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            return f": process {pid} does, {command[:200]}"
+    return ": a process does that this user may not look at" if inodes else ""
+
+
+def belongs_to_another(port: int, group: int) -> bool:
+    """Return whether processes that listen on a port are to be seen, and none of them is in the process group."""
+    groups = set()
+    for pid in _holders(_inodes(port)):
+        with contextlib.suppress(ProcessLookupError):
+            groups.add(os.getpgid(pid))
+    return bool(groups) and group not in groups
+
+
+def _inodes(port: int) -> set[str]:
+    return {f"socket:[{inode}]" for number, inode in _listeners() if number == port}
+
+
+def _holders(inodes: set[str]) -> Iterator[int]:
+    """Yield the processes that have one of these sockets open."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
             if any(_link(entry) in inodes for entry in (process / "fd").iterdir()):
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                return f": process {process.name} does, {command[:200]}"
-    return ": a process does that this user may not look at" if inodes else ""
+                yield int(process.name)
 
 
 def _link(entry: Path) -> str:

@@ -31,7 +31,7 @@ from raylm.engines.http import HTTPEngine
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
 from raylm.models import BUILTIN_MODELS, cache_folder, max_context, model_name, resolve
-from raylm.ports import holder
+from raylm.ports import belongs_to_another, holder
 
 _POLL_S = 0.1  # between two looks at whether a starting server listens
 _PING_S = 2.0  # between two health checks of a running one
@@ -61,6 +61,7 @@ class _Server:
     """One process of the server, from its launch to its end.
 
     Attributes:
+        pid: The server's process, and the group of all that it starts; 0 when there was not even that.
         url: Where it listens, or will.
         log: Where it writes what it has to say.
         client: Talks to it; None until it is ready.
@@ -68,7 +69,7 @@ class _Server:
 
     def __init__(self, supervisor: asyncio.subprocess.Process, pid: int, url: str, log: Path) -> None:
         self._supervisor = supervisor
-        self._pid = pid
+        self.pid = pid
         self.url = url
         self.log = log
         self.client: HTTPEngine | None = None
@@ -126,16 +127,16 @@ class _Server:
         Args:
             in_order: Ask it first, and give it some seconds.
         """
-        if in_order and not self.ended.done() and self._pid:
+        if in_order and not self.ended.done() and self.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGTERM)
+                os.kill(self.pid, signal.SIGTERM)
             await asyncio.wait([self.ended], timeout=_STOP_S)
         if self._supervisor.stdin is not None:
             self._supervisor.stdin.close()  # upon which the supervisor kills the group
         await asyncio.wait([self.ended], timeout=_STOP_S)
-        if self._pid:
+        if self.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._pid, signal.SIGKILL)  # if the supervisor was killed or stopped before it could
+                os.killpg(self.pid, signal.SIGKILL)  # if the supervisor was killed or stopped before it could
         if not self.ended.done():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._supervisor.pid, signal.SIGKILL)
@@ -262,6 +263,13 @@ class APIServerEngine:
         while not await _listens(host.strip("[]"), int(port)):
             self._check_alive(server)
             await asyncio.sleep(_POLL_S)
+        # The port was free when it was chosen. Loading takes so long that somebody else may have it by now.
+        if await asyncio.to_thread(belongs_to_another, int(port), server.pid):
+            who = await asyncio.to_thread(holder, int(port))
+            raise EngineStartError(
+                f"the api_server lost {address} to another process while it started{who}; end that, or set server_port "
+                "to another one, or to 0 for any that is free"
+            )
         server.client = HTTPEngine(
             HTTPConfig(
                 url=server.url,

@@ -23,6 +23,7 @@ from raylm.engines.api_server import APIServerEngine, arguments, listen_address,
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, UpstreamError
 
 from .conftest import Record, make_request, run, until
+from .http_server import Toy
 
 STORY = "Once upon a time"
 STAND_IN = "tests.engines.stand_in"
@@ -282,6 +283,18 @@ async def test_server_that_hangs_while_it_loads(configure: Configure) -> None:
     with pytest.raises(EngineStartError, match="start_timeout_s"):
         await APIServerEngine(config).start()
     await gone([pid for numbers in pids(config) for pid in numbers])
+
+
+async def test_port_that_is_taken_while_the_server_loads(configure: Configure) -> None:
+    """Another process that listens there before the server does is not taken for it, however well it answers."""
+    _, port = listen_address(APIServerConfig(server_port=0))
+    config = configure("hangs", start_attempts=1, server_name="127.0.0.1", server_port=port)
+    starting = asyncio.create_task(APIServerEngine(config).start())
+    await until(lambda: bool(pids(config)))
+    async with Toy(model="hangs").running(port):
+        with pytest.raises(EngineStartError, match=rf"lost 127.0.0.1:{port} .*process {os.getpid()} does"):
+            await starting
+    await gone(pids(config)[0])
 
 
 async def test_cancelled_start(configure: Configure) -> None:

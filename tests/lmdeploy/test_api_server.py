@@ -77,7 +77,7 @@ def copy_model(folder: Path) -> None:
 def tree(engine: APIServerEngine) -> list[psutil.Process]:
     """Return the server's processes: the server first, then its engine's and what else it started."""
     assert engine._server is not None
-    server = psutil.Process(engine._server._pid)
+    server = psutil.Process(engine._server.pid)
     return [server, *server.children(recursive=True)]
 
 
