@@ -262,6 +262,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine's child has it
     gpus = num_gpus()
     if not gpus:
+        say("torch sees no GPU on this machine: lmdeploy's PyTorch engine is measured on CPU, and nothing else is")
         publish("lmdeploy", measure("pytorch", 1, "cpu", num_prompts, num_rounds))
         return
     figures: list[Figure] = []
