@@ -71,6 +71,7 @@ class StandIn:
         else:
             self.calls.append("generate")
             yield SimpleNamespace(**nothing | {"token_ids": (19,), "logprobs": [{19: -1.0}]})
+            await asyncio.sleep(0)  # in which the worker reports the first token
             yield SimpleNamespace(**nothing | {"token_ids": (19,), "logprobs": [{19: -1.0}], "finish_reason": "length"})
 
 
