@@ -146,19 +146,10 @@ async def down() -> list[str]:
 
 
 def _end_application() -> bool:
-    from ray import serve
-
-    from raylm.serve.run import APP, serve_runs
+    from raylm.serve.run import end_serve, serve_runs
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if not serve_runs():
-        return False
-    applications = serve.status().applications
-    if APP in applications:
-        serve.delete(APP)
-    if set(applications) <= {APP}:
-        serve.shutdown()
-    return APP in applications
+    return serve_runs() and end_serve()
 
 
 async def actor_of(model: str, slot: int) -> str:

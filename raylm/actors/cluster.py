@@ -33,7 +33,7 @@ _OPERATOR = "operator"
 _OPERATORS = "raylm-operators"
 """Ray namespace of that name. It is apart from that of what is served, all of which `raylm down` ends."""
 
-_RELEASE_S = 5.0
+RELEASE_S = 5.0
 """So long after a program's end Ray may take it for one that works."""
 
 _RETRY_S = 0.2
@@ -113,7 +113,7 @@ def operating() -> Iterator[None]:
         max_restarts=-1,
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
     )
-    deadline = time.monotonic() + _RELEASE_S
+    deadline = time.monotonic() + RELEASE_S
     while True:
         try:
             operator = make.remote()
@@ -136,10 +136,24 @@ def _other_operator() -> str:
         known = actor_record(ray.get_actor(_OPERATOR, namespace=_OPERATORS))
     except ValueError:  # it has ended just now
         known = {}
-    for job in state.jobs():
-        if job["JobID"] == known.get("JobID"):
-            return f"process {job['DriverPid']} on {job['DriverIPAddress']}"
-    return "another program"
+    return program(known.get("JobID", "")) or "another program"
+
+
+def program(job: str, *, timeout_s: float = 0) -> str | None:
+    """Return which process a Ray job is, for people; None when it has ended. Blocks for some milliseconds.
+
+    Args:
+        job: Its id, as `ray.get_runtime_context().get_job_id()` returns it.
+        timeout_s: So long it may have to end: Ray takes some time to see that a program was killed.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = [known for known in state.jobs() if known["JobID"] == job and not known["IsDead"]]
+        if not found:
+            return None
+        if time.monotonic() >= deadline:
+            return f"process {found[0]['DriverPid']} on {found[0]['DriverIPAddress']}"
+        time.sleep(_RETRY_S)
 
 
 def remember(key: str, value: bytes) -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from raylm.config import ModelConfig, ServeConfig
-from raylm.errors import EngineStartError, PlacementError
+from raylm.errors import ClusterBusyError, EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.haproxy import LOOPBACK
 from raylm.serve.headers import IMPORT_PATH
@@ -41,6 +41,11 @@ _DRAIN_S = 20.0
 
 _KEY = "gateways"
 """Of what the gateways that run have been told, in Ray's key-value store."""
+
+_OWNER = "serve"
+"""Of which Serve a `raylm serve` has started, and which one: it ends it, or the next one does."""
+
+_PORT_RELEASE_S = 30.0
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -137,11 +142,16 @@ class Endpoint:
         """
         from raylm.actors.cluster import connect
 
-        if start:  # before Ray is started, which takes seconds
-            self._check_port()
+        # Asked before Ray is started, which takes seconds. On a cluster that runs it may be a dead command that has it.
+        taken = start and refusal(self._host, self._port) is not None
         if self._host in _LOOPBACK:
             os.environ[LOOPBACK] = "1"
-        self._connected = connect(self._address, start=start)
+        try:
+            self._connected = connect(self._address, start=start and not taken)
+        except PlacementError:
+            if taken:
+                self._check_port()
+            raise
 
     def alone(self) -> AbstractContextManager[None]:
         """Return a block in which nobody else changes what the cluster serves; see `raylm.actors.cluster.operating`."""
@@ -162,23 +172,31 @@ class Endpoint:
             PlacementError: the actors do not fit.
             InvalidRequestError: a model is being served with other settings.
             NoActorError: the manager of a model is being restarted; the text says to try again.
+            ClusterBusyError: another command serves on that cluster.
         """
+        import ray
         from ray import serve
         from ray.serve.config import HTTPOptions
         from ray.serve.exceptions import RayServeException
 
-        from raylm.actors.cluster import remember
+        from raylm.actors.cluster import forget, remember
         from raylm.serve.app import application
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if not update:
+            self._end_orphan()
         self._owns_serve = not serve_runs()
-        if self._owns_serve and update:  # else `connect` has looked
+        if self._owns_serve:
             self._check_port()
         self._begun = True
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
-        elif update:
+        else:
             self._host, self._port = _listens_at()
+        if update:
+            forget(_OWNER)  # from now on it lasts
+        elif self._owns_serve:
+            remember(_OWNER, f"{_controller()} {ray.get_runtime_context().get_job_id()}".encode())
         if not update:
             asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
@@ -198,6 +216,28 @@ class Endpoint:
         remember(_KEY, self._about_gateways())
         if not update:
             asyncio.run(_wait_until_up(self._config.models))
+
+    def _end_orphan(self) -> None:
+        """End the Serve of a command that was killed, with its ports, unless others have come to use it.
+
+        Raises:
+            ClusterBusyError: that command is still there.
+        """
+        import ray
+
+        from raylm.actors.cluster import RELEASE_S, program, remembered
+
+        owned, _, owner = (remembered(_OWNER) or b"").decode().partition(" ")
+        if not owner or not serve_runs() or owned != _controller() or owner == ray.get_runtime_context().get_job_id():
+            return
+        if other := program(owner, timeout_s=RELEASE_S):
+            raise ClusterBusyError(
+                f"{other} serves on this cluster already; end it, or change what it serves by raylm up"
+            )
+        end_serve()
+        deadline = time.monotonic() + _PORT_RELEASE_S
+        while not serve_runs() and refusal(self._host, self._port) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _runs_as_it_is(self) -> bool:
         """Whether gateways run that need not be replaced: what has changed are engines."""
@@ -247,10 +287,11 @@ class Endpoint:
             await asyncio.gather(*(end(model.name) for model in self._config.models))
 
         if self._begun:
-            if self._owns_serve and self._connected != "started":
-                serve.shutdown()
-            elif serve_runs():  # not where its start has failed
-                serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
+            if serve_runs():  # not where its start has failed
+                if self._owns_serve and self._connected != "started":
+                    end_serve()
+                else:
+                    serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
             asyncio.run(end_all())
         if self._connected:
             ray.shutdown()
@@ -318,6 +359,13 @@ def _listens_at() -> tuple[str, int]:
     return options.host, options.port
 
 
+def _controller() -> str:
+    """Return which Serve it is that runs: each has a controller of its own."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client()._controller._actor_id.hex())
+
+
 async def _update(models: tuple[ModelConfig, ...], as_of: int) -> None:
     """Have those models updated that are served with other settings, or with unknown ones. None is when one cannot be.
 
@@ -338,6 +386,18 @@ async def _update(models: tuple[ModelConfig, ...], as_of: int) -> None:
             changed.append(model)
     for model in changed:
         await serve(model, as_of)
+
+
+def end_serve() -> bool:
+    """End the gateways, and Serve where it serves nothing else. Return whether there were any. Serve has to run."""
+    from ray import serve
+
+    applications = serve.status().applications
+    if APP in applications:
+        serve.delete(APP)  # by itself, for it may take longer than Serve's end waits
+    if set(applications) <= {APP}:
+        serve.shutdown()
+    return APP in applications
 
 
 def serve_runs() -> bool:

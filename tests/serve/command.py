@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from raylm.cli import main
 sys.exit(main())
 """
-_HAPROXY_PORTS = (
+HAPROXY_PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
@@ -142,7 +142,7 @@ def serve_command(
                 stdout=subprocess.DEVNULL,
                 stderr=said,
                 start_new_session=True,  # out of reach of whatever interrupts the tests' own group
-                env={**os.environ, **{name: str(free_port()) for name in _HAPROXY_PORTS}, **(env or {})},
+                env={**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}, **(env or {})},
             )
         served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
         try:

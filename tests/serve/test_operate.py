@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import requests
 import yaml
 
 from raylm.ports import free_port, holder
-from tests.serve.command import wait_for
+from tests.serve.command import HAPROXY_PORTS, wait_for
 
 ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
 
@@ -49,10 +49,15 @@ wait = partial(wait_for, timeout_s=_TIMEOUT_S)
 class Cluster:
     """A Ray cluster that lasts, as `ray start` makes one, and the command line on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, proxy: str) -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{free_port()}"
-        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+        self.environment = {**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}}
+        self.environment |= {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy")),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylm-haproxy"),
+        }
         self._config = folder / "serve.yaml"
         self._dashboard_port = free_port()
         command = ["ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
@@ -111,6 +116,26 @@ class Cluster:
             env=self.environment,
         )
 
+    @contextmanager
+    def serve(self, port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+        """Run `raylm serve` until the block is left; yield it and what it says when it is up, or of why it is not."""
+        self._config.write_text(yaml.safe_dump({"models": [{"name": "sim", "engines": [ENGINE]}]}))
+        with subprocess.Popen(
+            [*_RAYLM, "serve", str(self._config), f"--port={port}", f"--address={self.address}"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        ) as process:
+            assert process.stderr is not None
+            said = ""
+            while not said.endswith("Ctrl-C ends it\n") and (line := process.stderr.readline()):
+                said += line
+            try:
+                yield process, said
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.communicate(timeout=_TIMEOUT_S)
+
     def deploy(self, *engines: dict[str, Any]) -> None:
         """Have a model consist of these engines, as `serve deploy` does it."""
         settings = yaml.safe_load(_SERVE_FILE.read_text())
@@ -166,10 +191,10 @@ class Cluster:
 
 
 @contextmanager
-def a_cluster() -> Iterator[Cluster]:
-    """A cluster on which nothing of raylm runs."""
+def a_cluster(proxy: str = "python") -> Iterator[Cluster]:
+    """A cluster on which nothing of raylm runs, and where Serve is going to have this proxy."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # sockets take short names
-        cluster = Cluster(Path(folder))
+        cluster = Cluster(Path(folder), proxy)
         try:
             yield cluster
         finally:
@@ -392,10 +417,55 @@ def check_down(cluster: Cluster) -> None:
     assert "sim" in cluster.run("down").stderr
     wait(lambda: not any(map(psutil.pid_exists, before)))
     wait(lambda: holder(cluster.port) == "")
-    titles = " ".join(" ".join(each.cmdline()) for each in psutil.Process(cluster.process.pid).children(recursive=True))
-    assert re.findall(r"ray::(?:Engine|Manager|Session|Batch|Proxy)Actor|ray::Serve\w+|haproxy", titles) == []
+    check_nothing_serves(cluster)
     assert "nothing is served on this cluster" in cluster.told("status")
     assert "nothing was served" in cluster.run("down").stderr
+
+
+def check_nothing_serves(cluster: Cluster) -> None:
+    """See that neither actors nor HAProxy are left."""
+
+    def left() -> list[str]:
+        titles = []
+        for process in psutil.Process(cluster.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                titles.append(" ".join(process.cmdline()))
+        return re.findall(r"ray::(?:Engine|Manager|Session|Batch|Proxy)Actor|ray::Serve\w+|haproxy", " ".join(titles))
+
+    wait(lambda: left() == [])
+
+
+@pytest.mark.parametrize(("proxy", "same_port"), [("haproxy", True), ("python", False)])
+def test_serve_after_one_that_was_killed(proxy: str, same_port: bool) -> None:
+    """`raylm serve` on a cluster that lasts ends what one that was killed has left there, and then leaves nothing."""
+    with a_cluster(proxy) as cluster:
+        first_port = cluster.port
+        with cluster.serve(first_port) as (first, _):
+            assert cluster.generate("hello")["text"] != ""
+            first.kill()
+            first.wait()
+        if not same_port:
+            cluster.port = free_port()
+        with cluster.serve(cluster.port) as (_, said):
+            assert f"at http://127.0.0.1:{cluster.port} " in said
+            assert cluster.generate("hello")["text"] != ""
+            assert same_port or holder(first_port) == ""
+        wait(lambda: holder(cluster.port) == "")
+        check_nothing_serves(cluster)
+
+
+def test_serve_beside_others() -> None:
+    """`raylm serve` refuses to take the place of a living one. Where `up` has had Serve listen, it says so."""
+    with a_cluster() as cluster:
+        with cluster.serve(cluster.port) as (first, _), cluster.serve(free_port()) as (second, said):
+            assert second.wait(_TIMEOUT_S) == 3
+            assert re.search(rf"process {first.pid} on \S+ serves on this cluster already", said)
+            assert cluster.generate("still there")["text"] != ""
+        cluster.up(ENGINE)
+        with cluster.serve(free_port()) as (_, said):
+            assert f"at http://127.0.0.1:{cluster.port} " in said
+            assert cluster.generate("hello")["text"] != ""
+        assert holder(cluster.port) != ""  # Serve was there before
 
 
 def test_no_cluster() -> None:
