@@ -258,7 +258,9 @@ async def test_a_cancelled_claim_holds_nothing(actor: Any, connect: Connect, sta
     await kill(actor)
 
     async def take_turn() -> None:
-        async with conversations.turn("s", (Message("user", "two"),), lambda _: Request(), start=False, end=False):
+        async with conversations.turn(
+            "s", (Message("user", "two"),), lambda _: Request(request_id="two"), start=False, end=False
+        ):
             raise AssertionError
 
     task = asyncio.create_task(take_turn())
