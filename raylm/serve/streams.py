@@ -142,6 +142,7 @@ class _Writer:
         self._turn = asyncio.Lock()  # choices and heartbeats write, and each waits while the client does not read
         self.written_at = self._loop.time()
         self._ended = False
+        self._rest = b""  # of a part that was begun
 
     @property
     def is_writing(self) -> bool:
@@ -167,11 +168,19 @@ class _Writer:
             attempt = {} if self.stream is None else self.stream.attempt
             raw = [(f"x-raylm-{name}".encode(), value.encode()) for name, value in attempt.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS + raw})
-        while len(data) > _PIECE_BYTES:
-            await self._send({"type": "http.response.body", "body": data[:_PIECE_BYTES], "more_body": True})
-            data = data[_PIECE_BYTES:]
-            self.written_at = self._loop.time()
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        data, self._rest = self._rest + data, b""
+        start = 0
+        try:
+            while len(data) - start > _PIECE_BYTES:
+                piece = data[start : start + _PIECE_BYTES]
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                start += _PIECE_BYTES
+                self.written_at = self._loop.time()
+            await self._send({"type": "http.response.body", "body": data[start:], "more_body": not last})
+        except asyncio.CancelledError:
+            if start:
+                self._rest = data[start:]  # a choice ends because another one has failed, which is told after this
+            raise
 
 
 class _Heart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,15 +16,15 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from raylm.config import GatewayConfig, SimulatedConfig
+from raylm.config import Fault, GatewayConfig, PoolConfig, SimulatedConfig
 from raylm.engines.simulated import greedy_text, prompt_text
 from raylm.errors import SessionBusyError
 from raylm.messages import GenerationConfig, Message, Request
 from raylm.serve import streams
 from raylm.serve.door import Door
-from raylm.serve.schema import StreamChatWire
+from raylm.serve.schema import CompletionWire, StreamChatWire
 from raylm.serve.streams import EventStream, Turn
-from tests.conftest import Running, StartPool
+from tests.conftest import Running, StartPool, ask
 
 HEARTBEAT = b": heartbeat\n\n"
 _BUFFER_BYTES = 2**15
@@ -52,7 +53,8 @@ class Client:
     @property
     def events(self) -> list[dict[str, Any]]:
         """What the events have in them."""
-        lines = [line for line in self.heard.split(b"\n") if line.startswith(b"data: {")]
+        chunks = re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", self.heard.partition(b"\r\n\r\n")[2])
+        lines = [line for line in b"".join(chunks).split(b"\n") if line.startswith(b"data: {")]
         return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
@@ -196,3 +198,25 @@ async def test_client_reads_slowly(start_pool: StartPool, visit: Visit, monkeypa
         await asyncio.sleep(0.05)
     assert asyncio.get_running_loop().time() - began > 2
     assert b'"status":0' in client.heard
+
+
+async def test_failure_in_the_middle_of_a_write(start_pool: StartPool, visit: Visit) -> None:
+    """When a choice fails while the client has half an event of another, it gets the other half before the error."""
+    fault = Fault(match="FAIL", at_token=10**5, action="fail")
+    engine = SimulatedConfig(tokens_per_s=10**5, max_context=10**6, faults=(fault,))
+    running = await start_pool(engine, config=PoolConfig(max_attempts=1))
+    prompts = ["go on", "FAIL"]
+    wire = CompletionWire("id", "sim", prompts, include_usage=False, logprobs=False, echo=False)
+    turns = [running.pool.stream(ask(prompt, 5 * 10**5)) for prompt in prompts]
+    client = await visit(EventStream(turns, wire, 10))
+    async with asyncio.timeout(_TIMEOUT_S):
+        while not running.pool.statistics().num_failed:
+            await asyncio.sleep(0.01)
+    await client.read_until(b"event: error")
+    await client.read_until(b"\r\n0\r\n\r\n")
+    assert client.events[-1]["error"]["type"] == "EngineError"
+    choices = [event["choices"][0] for event in client.events[:-1]]
+    for index, prompt in enumerate(prompts):
+        text = "".join(choice["text"] for choice in choices if choice["index"] == index)
+        assert text
+        assert greedy_text(prompt, 5 * 10**5).startswith(text)
