@@ -709,10 +709,13 @@ class _Penalty:
 
 
 def mend_server() -> None:
-    """Have lmdeploy's api_server, which is about to run in this process, answer as the engine here does."""
+    """Have lmdeploy's api_server, which is about to run in this process, answer as the engine here does.
+
+    What `_score_apart` is about is left as it is there: the server starts its PyTorch engine in a process of its own,
+    which this does not reach, and raylm's clients ask no server to score a prompt.
+    """
     _keep_whole_characters()
     _penalise_exactly()
-    _score_apart()
 
 
 def _keep_whole_characters() -> None:
