@@ -1,9 +1,10 @@
-"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with four things mended.
+"""`raylm-haproxy`: HAProxy as Ray Serve starts it, with five things mended.
 
-Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It looks for the
-gateways on the node's own address, where gateways that are for this machine alone do not listen. It outlives a Serve
-that is killed, with its ports; here the kernel ends it with its parent. And it waits an hour for a client that is
-silent, so that some thousands of half requests lock everybody out; here it waits less.
+Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It lets every
+user of the machine command it through a socket; here its own user alone. It looks for the gateways on the node's own
+address, where gateways that are for this machine alone do not listen. It outlives a Serve that is killed, with its
+ports; here the kernel ends it with its parent. And it waits an hour for a client that is silent, so that some thousands
+of half requests lock everybody out; here it waits less.
 
 Ray Serve finds it by `RAY_SERVE_HAPROXY_BINARY_PATH`. Source: ray 2.60, serve/_private/haproxy.py and
 haproxy_templates.py.
@@ -25,6 +26,8 @@ LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
 
 _OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*?:", re.MULTILINE)
 
+_OPEN_SOCKET = re.compile(r"^( *stats socket \S+ mode )666 ", re.MULTILINE)
+
 _SERVER = re.compile(r"^(\s*server \S+ )\S+(:\d+ )", re.MULTILINE)
 
 _PATIENCE = re.compile(r"^( *timeout client )3600s\n", re.MULTILINE)
@@ -43,6 +46,7 @@ def mended(configuration: str, *, loopback: bool) -> str:
         loopback: The gateways are there too.
     """
     configuration = _OPEN_BIND.sub(r"\g<1>127.0.0.1:", configuration)
+    configuration = _OPEN_SOCKET.sub(r"\g<1>600 ", configuration)
     configuration = _PATIENCE.sub(_LESS_PATIENCE, configuration)
     return _SERVER.sub(r"\g<1>127.0.0.1\g<2>", configuration) if loopback else configuration
 
@@ -53,6 +57,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
+        file.parent.chmod(0o700)  # Serve has made it for this node's HAProxy alone
         file.write_text(mended(file.read_text(), loopback=LOOPBACK in os.environ))
     if sys.platform == "linux":
         # SIGTERM would do while it serves; SIGKILL does always, and it keeps nothing.

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from raylm.config import ModelConfig, ServeConfig
 from raylm.errors import ClusterBusyError, EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
+from raylm.serve.folder import HAProxyFolder
 from raylm.serve.haproxy import LOOPBACK
 from raylm.serve.headers import IMPORT_PATH
 
@@ -114,6 +115,7 @@ class Endpoint:
         self._address = address
         self.proxy, self.proxy_reason = prepare_environment(proxy)
         self._connected: Literal["started", "joined"] | None = None
+        self._folder: HAProxyFolder | None = None
         self._begun = False
         self._owns_serve = False
 
@@ -146,6 +148,8 @@ class Endpoint:
         taken = start and refusal(self._host, self._port) is not None
         if self._host in _LOOPBACK:
             os.environ[LOOPBACK] = "1"
+        if start and not taken and self.proxy == "haproxy":
+            self._folder = HAProxyFolder()  # Serve's processes inherit where it is, if it is this that starts them
         try:
             self._connected = connect(self._address, start=start and not taken)
         except PlacementError:
@@ -272,6 +276,14 @@ class Endpoint:
 
     def stop(self) -> None:
         """End gateways and actors, and Serve and Ray where `start` has started them. What it has not begun stays."""
+        try:
+            self._end()
+        finally:
+            if self._folder is not None:
+                self._folder.remove()
+                self._folder = None
+
+    def _end(self) -> None:
         import ray
         from ray import serve
 

