@@ -108,12 +108,12 @@ class ServeCommand:
 
 @contextmanager
 def serve_command(
-    config: dict[str, Any], *, proxy: str = "haproxy", env: dict[str, str] | None = None
+    config: dict[str, Any] | None, *, proxy: str = "haproxy", env: dict[str, str] | None = None
 ) -> Iterator[ServeCommand]:
     """Run `raylm serve` with a configuration until the block is left.
 
     Args:
-        config: What would be in the YAML file.
+        config: What would be in the YAML file; None: there is none.
         proxy: As `--proxy`.
         env: More of the environment.
     """
@@ -128,7 +128,7 @@ def serve_command(
             "-c",
             _MAIN,
             "serve",
-            str(file),
+            *([] if config is None else [str(file)]),
             "--port",
             str(port),
             "--proxy",

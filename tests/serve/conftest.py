@@ -32,7 +32,7 @@ def simulated_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 @pytest.fixture(scope="module")
 def real_endpoint() -> Iterator[ServeCommand]:
     """`raylm serve` as the README starts it: the built-in model on CPU."""
-    with serve_command({}) as command:
+    with serve_command(None) as command:
         yield command
 
 
@@ -59,6 +59,7 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
             "max_prompts": 4,
             "request_timeout_s": 10,
             "heartbeat_s": 0.2,
+            "cors_origins": ["https://page.example"],
         },
         "batches": {
             "folder": str(tmp_path_factory.mktemp("batches")),

