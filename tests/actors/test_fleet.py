@@ -478,7 +478,7 @@ async def test_settled_when_a_failed_update_is_corrected(serve_model: Serve, mon
 async def test_up_while_the_manager_does_not_answer(serve_model: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose present settings cannot be learned is updated too."""
     await serve_model(SIMULATED)
-    monkeypatch.setattr(manager_actor, "_ANSWER_TIMEOUT_S", 0)
+    monkeypatch.setattr(manager_actor, "ANSWER_TIMEOUT_S", 0)
     new = config({**SIMULATED, "model_name": "new"})
     await _update((new,), time.time_ns())
     assert ModelConfig.model_validate_json(await told(find(NAME).config.remote())) == new
@@ -640,7 +640,7 @@ async def test_a_manager_that_stands_still(serve_model: Serve, monkeypatch: pyte
     os.kill(pid, signal.SIGSTOP)
     try:
         async with asyncio.timeout(30):
-            for refused in (served.pool.state(), served.pool.cancel("unknown")):
+            for refused in (served.pool.state(), served.pool.cancel_elsewhere("unknown")):
                 with pytest.raises(NoActorError, match="has not answered within"):
                     await refused
             assert (await served.pool.pool.generate(ask("without it", 5))).text == greedy_text("without it", 5)

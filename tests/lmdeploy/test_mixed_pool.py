@@ -8,19 +8,27 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from raylm import Chatbot, HTTPConfig, Status
 from raylm.errors import SessionBusyError
 
-from .conftest import on_cpu, server_on_cpu
+from .conftest import on_cpu, server_on_cpu, transformers_answers
+from .reference import NUM_TOKENS
 
 pytestmark = pytest.mark.timeout(600)
 
 SMALL = {"session_len": 512, "max_batch_size": 4, "options": {"num_gpu_blocks": 40}}
 ROWS = [f"Chapter {row} begins" for row in range(12)]
+PROMPTS = [
+    f"{subject}{end}"
+    for subject in ("The old lighthouse", "My neighbour's cat", "In 1969", "def fibonacci(n):", "Dear Sir or Madam,")
+    for end in ("", " and the sea", " - chapter 2:", " at the end of the day")
+]
 TURNS = ["What is the capital of France?", "And of Italy?"]
 
 
@@ -112,6 +120,25 @@ def test_members_answer_alike(chatbot: Chatbot, inputs: dict[str, object]) -> No
     assert answers[0].text
 
 
+@pytest.fixture(scope="module")
+def expected(model_folder: str) -> list[str]:
+    """What transformers generates for `PROMPTS`, one by one."""
+    tokenizer = Tokenizer.from_file(str(Path(model_folder) / "tokenizer.json"))
+    return [tokenizer.decode(token_ids) for token_ids in transformers_answers(model_folder, PROMPTS)]
+
+
+@pytest.mark.parametrize("slot", range(3), ids=["lmdeploy", "api_server", "http"])
+def test_text_is_that_of_transformers(chatbot: Chatbot, expected: list[str], slot: int) -> None:
+    """Each member's greedy text of twenty prompts is that of transformers."""
+    sessions = [pin(chatbot, f"prompt {number} of {slot}", slot) for number in range(len(PROMPTS))]
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        texts = [
+            threads.submit(chatbot.generate, prompt, session, max_new_tokens=NUM_TOKENS, timeout=None)
+            for prompt, session in zip(PROMPTS, sessions, strict=True)
+        ]
+        assert [text.result() for text in texts] == expected
+
+
 @pytest.mark.parametrize("slot", range(2), ids=["lmdeploy", "api_server"])
 def test_two_clients_on_one_session(chatbot: Chatbot, slot: int) -> None:
     """The second of two turns at once is refused; the first goes on undisturbed, and so does the session."""
@@ -154,3 +181,20 @@ def test_each_member_is_lost_in_turn(chatbot: Chatbot, server: Server) -> None:
             assert chatbot.statistics().num_moved > num_moved
     assert chatbot.statistics().num_failed == 0
     assert chatbot.statistics().slots[0].num_deaths == 1
+
+
+def test_engine_of_an_actor_dies(chatbot: Chatbot) -> None:
+    """When lmdeploy's process dies, and its actor does not, the answer goes on elsewhere and the actor is replaced."""
+    slot = chatbot.statistics().slots[0]
+    answer = ask(chatbot, "calm again", 0)
+
+    def kill_engine() -> None:
+        (engine,) = psutil.Process(slot.pid).children()
+        engine.kill()
+
+    assert ask(chatbot, pin(chatbot, "on a dying engine", 0), 0, kill_engine) == answer
+    assert chatbot.statistics().num_failed == 0
+    while (after := chatbot.statistics().slots[0]).state != "up" or after.num_deaths == slot.num_deaths:
+        ask(chatbot, "in the meantime", 0)
+    assert after.num_deaths == slot.num_deaths + 1
+    assert after.pid != slot.pid

@@ -12,9 +12,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import grpc
 import psutil
 import pytest
 import requests
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from tests.serve.command import ServeCommand, serve_command, wait_for
 from tests.serve.conftest import KEYS, SIMULATED, TOKENS_PER_S
@@ -132,6 +135,13 @@ def test_key_sent_twice(strict_endpoint: ServeCommand) -> None:
     header = f"authorization: Bearer {KEYS[0]}".encode()
     assert status_of(strict_endpoint, raw("/v1/models", b"", header, header, method=b"GET")) == 401
     assert status_of(strict_endpoint, raw("/v1/models", b"", header, method=b"GET")) == 200
+
+
+def test_ray_asks_for_its_token(strict_endpoint: ServeCommand) -> None:
+    """Who reaches the port of the cluster's head, and has no token, is told nothing."""
+    with grpc.insecure_channel(strict_endpoint.cluster) as channel, pytest.raises(grpc.RpcError) as refused:
+        NodeInfoGcsServiceStub(channel).GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=30)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/static/app.js", "/health"])
