@@ -77,7 +77,8 @@ class Conversations:
         Args:
             session_id: The session.
             messages: What is new in this turn.
-            make_request: Makes the request of a whole transcript.
+            make_request: Makes the request of a whole transcript. It is first called with what is new alone, to see
+                whether it can.
             start: Begin the session, in place of one of that id.
             end: Forget the session when the turn is over.
             timeout_s: As in `Pool.stream`.

@@ -431,7 +431,6 @@ class _Program:
         start = not session.transcript
 
         def make(transcript: tuple[Message, ...]) -> Request:
-            assert transcript == asked, f"{session.name}: {transcript} is not {asked}"
             name = f"{session.name} {len(transcript)}"
             return Request(request_id=name, messages=transcript, config=_config(num_tokens))
 
@@ -439,6 +438,8 @@ class _Program:
             async with self._model.conversations.turn(
                 session.name, (question,), make, start=start, end=False
             ) as stream:
+                transcript = stream.request.messages
+                assert transcript == asked, f"{session.name}: {transcript} is not {asked}"
                 await answer.read(stream)
             session.transcript += [question, Message("assistant", answer.text)]
 
