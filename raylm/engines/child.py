@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import struct
@@ -272,7 +273,7 @@ class _Generation:
         self._detokenizer = Detokenizer(vocabulary, text_start=not generated or bool(generated.token_ids))
         self._stop_words = StopWords(request.config.stop_words)
         self._speller = vocabulary if request.config.logprobs or request.config.echo else None  # of `Delta.details`
-        self._kept: deque[tuple[int, Delta]] = deque()  # not emitted: where the text of each ends, and its tokens
+        self._kept: deque[tuple[float, Delta]] = deque()  # not emitted: where the text of each ends, and its tokens
         self._num_fed = 0  # characters
         self._text = ""  # of them, what the stop words have let go of, and is not emitted
         self._num_emitted = 0
@@ -303,8 +304,13 @@ class _Generation:
         came = Delta("", self._num_tokens, output.token_ids, output.logprobs)
         if self._speller is not None:
             came.details = _details(self._speller, output)
-        # One that ends within a character ends where that does.
-        self._kept.append((self._num_fed + self._detokenizer.holds, came))
+        # Tokens that end within a character have no text of their own without those that complete it.
+        end = math.inf if self._detokenizer.holds else self._num_fed
+        if self._kept and self._kept[-1][0] == math.inf:
+            _, earlier = self._kept.pop()
+            earlier.extend(came)
+            came = earlier
+        self._kept.append((end, came))
         finish_reason: FinishReason | None = "stop" if hit else output.finish_reason
         delta = self._shown(last=finish_reason is not None)
         if delta is None:
@@ -330,7 +336,7 @@ class _Generation:
         while kept and (last or kept[0][0] <= until):
             end, later = kept.popleft()
             delta.extend(later)
-        length = len(self._text) if last else end - self._num_emitted
+        length = len(self._text) if last else int(end) - self._num_emitted
         delta.text, self._text = self._text[:length], self._text[length:]
         self._num_emitted += length
         return delta

@@ -69,7 +69,8 @@ async def test_gcs_stays_dead(redis: bool) -> None:
             print(outcome)
             assert outcome["failed"] == []
             assert outcome["right"] == 64
-            assert outcome["moves"]["moved:died"] > 0
+            # Without a GCS Ray knows no death: a broken connection tells of it, or the watchdog.
+            assert outcome["moves"].keys() & {"moved:died", "moved:silent"}
             code = await driver.ended()
             print(f"the program ended with {code} {time.monotonic() - killed_at:.1f} s after")
             for node in rig.nodes[:0:-1]:
