@@ -423,11 +423,16 @@ async def test_continuation(engine: Engine) -> None:
 
 # Not that about France: its answer has blank lines, which a real tokenizer cuts otherwise than the model wrote them.
 @pytest.mark.parametrize("text", [STORY, *TEXTS[2:]])
-async def test_continuation_by_text(engine: Engine, text: str) -> None:
+async def test_continuation_by_text(
+    engine: Engine, info: EngineInfo, text: str, request: pytest.FixtureRequest
+) -> None:
     """The text of any delta is all that its tokens say: without their ids it is continued to the same text and counts.
 
     Half a character, and the beginning of a stop word, that are held back at a cut are generated again.
     """
+    if info.engine == "api_server":
+        flaw = "a flaw of lmdeploy 0.18: where it is busy, one event has tokens whose text comes with the next"
+        request.applymarker(pytest.mark.xfail(reason=flaw, strict=False))
     parameters = {"max_new_tokens": 24, "ignore_eos": True}
     whole = await run(engine, make_request(text, **parameters))
     parameters["stop_words"] = [f"{whole.text[at : at + 6]}#" for at in (4, 12)]

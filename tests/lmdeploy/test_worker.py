@@ -202,4 +202,5 @@ async def test_unforeseen_error(model_folder: str) -> None:
         if process.returncode is None:
             process.kill()
     assert b"ConnectionError: no answer" in said
-    assert await process.wait() == 1
+    # 255 says that somebody else in this process, such as Ray, has waited for it before.
+    assert await process.wait() in (1, 255)
