@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -47,6 +47,9 @@ _OWNER = "serve"
 """Of which Serve a `raylm serve` has started, and which one: it ends it, or the next one does."""
 
 _PORT_RELEASE_S = 30.0
+
+_PROXY_S = 15.0
+"""How long the proxy may take to hear of the gateways. It need not be on this machine."""
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -220,6 +223,20 @@ class Endpoint:
         remember(_KEY, self._about_gateways())
         if not update:
             asyncio.run(_wait_until_up(self._config.models))
+            self._wait_for_proxy()
+
+    def _wait_for_proxy(self) -> None:
+        """Wait for the proxy to pass requests on: it hears of new gateways a moment after they run."""
+        import requests
+
+        deadline = time.monotonic() + _PROXY_S
+        while time.monotonic() < deadline:
+            with suppress(requests.RequestException):
+                answer = requests.get(f"{self.url}/health", timeout=_PROXY_S)
+                if answer.headers.get("content-type", "").startswith("application/json"):  # a gateway's own
+                    return
+            time.sleep(0.05)
+        _log.warning("nothing answers at %s from this machine, though the gateways run", self.url)
 
     def _end_orphan(self) -> None:
         """End the Serve of a command that was killed, with its ports, unless others have come to use it.
