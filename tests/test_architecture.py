@@ -12,7 +12,7 @@ import raylm
 PACKAGE = Path(raylm.__file__).parent
 
 LAYERS = [
-    {"_version", "heap", "ports", "tasks"},
+    {"_version", "heap", "parent", "ports", "tasks"},
     {"errors", "messages", "statistics"},
     {"config", "template", "models"},
     {"engines"},

@@ -28,6 +28,8 @@ from typing import Any
 
 import msgspec
 
+from raylm.parent import end_with_parent
+
 
 class Command(msgspec.Struct):
     """What the server is to run.
@@ -78,8 +80,6 @@ def _kill_group(group: int) -> None:
 
 def serve() -> None:
     """Run lmdeploy's command line in this process."""
-    from raylm.engines.child import end_with_parent  # which the supervisor has no need of
-
     end_with_parent(int(sys.argv[2]))
     command = msgspec.json.decode(sys.stdin.buffer.read(), type=Command)
     path = command.path

