@@ -17,7 +17,8 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -45,6 +46,7 @@ from raylm.engines.dialects import (
 from raylm.engines.sse import EventParser, LineParser
 from raylm.engines.text import StopWords
 from raylm.engines.upstream import CONNECT, NOT_HTTP, SILENT, TLS, Breaker, excerpt, refusal, translate
+from raylm.engines.watch import Watch
 from raylm.errors import (
     EngineError,
     EngineStartError,
@@ -213,43 +215,6 @@ class _Generation:
         self._emit(last)
 
 
-class _Watch:
-    """Ends what is in a scope when nothing was heard for too long.
-
-    Before the first event a request may wait in the server for its turn: it is left there while others get tokens.
-
-    Args:
-        scope: What to end.
-        limit_s: How long that is.
-        others_heard_at: When any request of the engine last heard something, on the loop's clock.
-
-    Attributes:
-        heard_at: When this one did. One timer looks at it now and then.
-        begun: Whether it has.
-    """
-
-    def __init__(self, scope: asyncio.Timeout, limit_s: float, others_heard_at: Callable[[], float]) -> None:
-        self._scope = scope
-        self._limit_s = limit_s
-        self._others_heard_at = others_heard_at
-        self._loop = asyncio.get_running_loop()
-        self.heard_at = self._loop.time()
-        self.begun = False
-        self._timer = self._loop.call_later(limit_s, self._look)
-
-    def _look(self) -> None:
-        heard_at = self.heard_at if self.begun else max(self.heard_at, self._others_heard_at())
-        left_s = heard_at + self._limit_s - self._loop.time()
-        if left_s > 0.001:
-            self._timer = self._loop.call_later(left_s, self._look)
-        else:
-            self._scope.reschedule(0)
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._timer.cancel()
-
-
 class HTTPEngine:
     """Generates at a server that speaks OpenAI's protocol, and knows the extensions of lmdeploy, vllm and sglang.
 
@@ -387,19 +352,19 @@ class HTTPEngine:
         idle_timeout_s = self._config.idle_timeout_s
         try:
             async with asyncio.timeout(None) as scope:
-                watch = _Watch(scope, idle_timeout_s, lambda: self._heard_at)
+                watch = Watch(partial(scope.reschedule, 0), idle_timeout_s, lambda: self._heard_at)
                 try:
                     await self._read(call, body, generation, watch)
                 finally:
                     watch.stop()
         except TimeoutError:
-            if not scope.expired():
+            if not watch.expired:
                 raise
             raise RequestTimeoutError(
                 SILENT.format(url=self._url, error="no event", idle_timeout_s=idle_timeout_s)
             ) from None
 
-    async def _read(self, call: Call, body: bytes, generation: _Generation, watch: _Watch) -> None:
+    async def _read(self, call: Call, body: bytes, generation: _Generation, watch: Watch) -> None:
         time = asyncio.get_running_loop().time
         lines = call.path == INTERACTIVE
         parser: EventParser | LineParser = LineParser() if lines else EventParser()
@@ -462,7 +427,7 @@ class HTTPEngine:
         return _to_json({**call.body, "input_ids": await self._ask_tokens(ENCODE, {"input": call.encode})})
 
     @contextlib.asynccontextmanager
-    async def _post(self, path: str, body: bytes, watch: _Watch | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _post(self, path: str, body: bytes, watch: Watch | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request, again where nothing came of it, and yield the answer once it is no refusal.
 
         Args:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from raylm.engines.triton_dialects import (
     estimate_tokens,
 )
 from raylm.engines.triton_turbomind import BUSY, CONFLICT, TOO_LONG, Take, TurboMind, failure_code
+from raylm.engines.watch import Watch
 from raylm.errors import (
     AuthenticationError,
     ContextLengthError,
@@ -135,58 +135,6 @@ class _Connection:
     async def close(self) -> None:
         """End it, and the calls that are under way."""
         await self._channel.close()
-
-
-class _Watch:
-    """Cancels a call when nothing was heard for too long.
-
-    Before its first response a request may wait in the server for its turn: it is left there while others get tokens.
-
-    Args:
-        call: A call of gRPC.
-        limit_s: How long that is.
-        others_heard_at: When any call of the engine last heard something, on the loop's clock.
-
-    Attributes:
-        heard_at: When the last response came, on the loop's clock. One timer looks at it now and then: a timer for each
-            token would cost more than the token.
-        expired: It was cancelled.
-    """
-
-    __slots__ = ("_call", "_limit_s", "_loop", "_others_heard_at", "_started_at", "_timer", "expired", "heard_at")
-
-    def __init__(self, call: Any, limit_s: float, others_heard_at: Callable[[], float]) -> None:
-        self._call = call
-        self._limit_s = limit_s
-        self._others_heard_at = others_heard_at
-        self._loop = asyncio.get_running_loop()
-        self.heard_at = self._started_at = self._loop.time()
-        self.expired = False
-        self._timer = self._loop.call_later(limit_s, self._look)
-
-    def _look(self) -> None:
-        heard_at = self.heard_at
-        if heard_at == self._started_at:
-            heard_at = max(heard_at, self._others_heard_at())
-        left_s = heard_at + self._limit_s - self._loop.time()
-        if left_s > 0.001:
-            self._timer = self._loop.call_later(left_s, self._look)
-        else:
-            self._expire()
-
-    def _expire(self) -> None:
-        self.expired = True
-        self._call.cancel()
-
-    def end_in(self, limit_s: float) -> None:
-        """Cancel the call after this time, whatever is heard."""
-        self._timer.cancel()
-        self._timer = self._loop.call_later(limit_s, self._expire)
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._timer.cancel()
-        self._call = None
 
 
 class TritonEngine:
@@ -520,11 +468,12 @@ class TritonEngine:
         names: list[str] = []
         cancelling = _cancelling()
         call = self._connected().stream(_pack(model, values))
-        watch = _Watch(call, self._config.idle_timeout_s, lambda: self._heard_at)
+        watch = Watch(call.cancel, self._config.idle_timeout_s, lambda: self._heard_at)
         time = asyncio.get_running_loop().time
         try:
             async for answer in call:
                 watch.heard_at = self._heard_at = time()
+                watch.begun = True
                 if done:
                     continue
                 if answer.error_message:
