@@ -16,7 +16,7 @@ import msgspec
 
 from raylm.actors.sessions import SessionState, SessionStore
 from raylm.errors import RaylmError, RequestCancelledError, SessionError, SessionNotFoundError, SessionStoreError
-from raylm.messages import Completion, Lane, Message, Request
+from raylm.messages import Completion, Lane, Message, Request, is_part
 from raylm.pool import Pool
 from raylm.stream import Stream
 from raylm.tasks import Tasks
@@ -200,9 +200,7 @@ class Conversations:
         The parts of a request are those of `Pool.cancel`.
         """
         found = [
-            arrival
-            for arrival in self._arrivals
-            if any(each == request_id or each.startswith(f"{request_id}/") for each in arrival.request_ids)
+            arrival for arrival in self._arrivals if any(is_part(each, request_id) for each in arrival.request_ids)
         ]
         for arrival in found:
             arrival.cancelled = True

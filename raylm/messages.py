@@ -240,6 +240,11 @@ class Details(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
         )
 
 
+def is_part(request_id: str, whole: str) -> bool:
+    """Return whether an id is that of a request, or of one of its parts, whose ids go on with `/` and a number."""
+    return request_id == whole or request_id.startswith(f"{whole}/")
+
+
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one request produced since its previous delta.
 

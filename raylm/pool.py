@@ -59,7 +59,7 @@ from raylm.errors import (
     from_message,
 )
 from raylm.link import Link, unwrap
-from raylm.messages import Completion, Delta, EngineInfo, Lane, Receipt, Request, Usage
+from raylm.messages import Completion, Delta, EngineInfo, Lane, Receipt, Request, Usage, is_part
 from raylm.routing import Reservation, Router
 from raylm.statistics import MAX_FAILURES, FailedRequest, Histogram, PoolReport, PoolStatistics, SlotStatistics
 from raylm.stream import Stream
@@ -376,14 +376,10 @@ class Pool:
     def cancel(self, request_id: str) -> bool:
         """Abort the requests of that id, also inside the engine; return whether there was one.
 
-        The parts of a request, whose ids go on with `/` and a number, are aborted with it.
+        The parts of a request are aborted with it; see `messages.is_part`.
         """
         running = [stream for link in self._links.values() for stream in link.streams.values()]
-        found = [
-            stream
-            for stream in [*self._waiting(), *running]
-            if stream.request.request_id == request_id or stream.request.request_id.startswith(f"{request_id}/")
-        ]
+        found = [stream for stream in [*self._waiting(), *running] if is_part(stream.request.request_id, request_id)]
         for stream in found:
             stream.abort()
         return bool(found)
