@@ -20,7 +20,7 @@ from raylm.actors.manager_actor import ANSWER_TIMEOUT_S, Membership, find, has_e
 from raylm.actors.sessions import SessionStore, connect_store
 from raylm.config import ModelConfig
 from raylm.conversation import Conversations
-from raylm.errors import EngineStartError, ModelNotFoundError
+from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError
 from raylm.pool import Pool
 from raylm.statistics import ModelState
 from raylm.tasks import Tasks
@@ -128,9 +128,9 @@ class ServedPool:
         await self._tasks.aclose()
         await self.pool.aclose()
         await self._store.aclose()
-        with suppress(ray.exceptions.RayActorError, TimeoutError):
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
+        leaving = self._manager.leave.remote(self.pool.pool_id, _encode(self.pool.report()))
+        with suppress(NoActorError):
+            await told(leaving, timeout_s=ANSWER_TIMEOUT_S)
 
     async def __aenter__(self) -> Self:
         return self

@@ -434,10 +434,10 @@ async def served_config(model: str) -> ModelConfig | None:
     """
     manager = await asyncio.to_thread(find, model)
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            return ModelConfig.model_validate_json(await manager.config.remote())
-    except (TimeoutError, ray.exceptions.RayError):
+        config = await told(manager.config.remote(), timeout_s=ANSWER_TIMEOUT_S)
+    except (RaylmError, ray.exceptions.RayError):
         return None
+    return ModelConfig.model_validate_json(config)
 
 
 async def serve(config: ModelConfig, as_of: int | None = None) -> Any:
