@@ -38,7 +38,7 @@ from raylm.serve.schema import BUG, error_body
 _OPEN_PATHS = ("/", "/docs", "/health")
 """Served without a key, and so is what the pages need."""
 
-_FILES_PATH = "/v1/files"
+FILES_PATH = "/v1/files"
 
 _FORM_BYTES = 2**16
 """What a form may have beside its file."""
@@ -152,7 +152,7 @@ class Door:
 
     def _limit(self, scope: Scope) -> int:
         """Return how many bytes the body may have."""
-        return self._max_form_bytes if get_route_path(scope) == _FILES_PATH else self._max_body_bytes
+        return self._max_form_bytes if get_route_path(scope) == FILES_PATH else self._max_body_bytes
 
     def _check(self, scope: Scope, headers: Sequence[tuple[bytes, bytes]], max_body_bytes: int) -> str | None:
         """Return the session that the header names."""

@@ -16,12 +16,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raylm.errors import InvalidRequestError
+from raylm.serve.door import FILES_PATH
 from raylm.serve.schema import error_body
 
 IMPORT_PATH = "raylm.serve.headers:middlewares"
 """Of what Serve is to call."""
-
-_FILES_PATH = "/v1/files"
 
 _UNWATCHED = b"x-request-disconnect-disabled"
 _OBEYED = (_UNWATCHED, b"x-request-timeout-seconds")
@@ -61,7 +60,7 @@ class ServeHeaders:
                 await JSONResponse(error_body(error), error.status_code)(scope, receive, send)
                 return
             headers.append((name, value))
-        if scope["method"] == "POST" and scope["path"].endswith(_FILES_PATH):
+        if scope["method"] == "POST" and scope["path"].endswith(FILES_PATH):
             # To see when a client leaves, Serve reads a body into memory as fast as it comes. Files are left to us.
             headers.append((_UNWATCHED, b"?1"))
         await self._app({**scope, "headers": headers}, receive, send)
