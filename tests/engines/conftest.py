@@ -167,3 +167,19 @@ async def until(condition: Callable[[], bool]) -> None:
     """Return when `condition` is true. The test's timeout is the limit."""
     while not condition():
         await asyncio.sleep(0.005)
+
+
+async def check_special_stop_word(engine: Engine, *, ignore_eos: bool) -> None:
+    """Check, on the built-in model, that a stop word which is a special token, and has no text, is one all the same."""
+    word, token_id = "<|im_start|>", 1  # not the model's end of sequence
+    prompt = "Hello" + (word + "user\nHello") * 6 + word
+    plain = await run(engine, make_request(prompt, max_new_tokens=8, ignore_eos=ignore_eos))
+    end = plain.token_ids.index(token_id) + 1
+    parameters = {"max_new_tokens": 900, "ignore_eos": ignore_eos, "stop_words": [word, "#"]}
+    whole = await run(engine, make_request(prompt, **parameters))
+    assert (whole.text, whole.finish_reason) == ("user\nHello", "stop")
+    assert whole.token_ids == plain.token_ids[:end]
+    assert whole.usage.completion_tokens == end
+    rest = await run(engine, make_request(prompt, whole.generated(2), **parameters))
+    assert whole.generated(2).text + rest.text == whole.text
+    assert (rest.finish_reason, rest.usage) == ("stop", whole.usage)

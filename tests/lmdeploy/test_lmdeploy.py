@@ -16,7 +16,7 @@ import pytest_asyncio
 from raylm.engines.lmdeploy import LMDeployEngine
 from raylm.errors import ActorLostError, ContextLengthError, EngineStartError, InvalidRequestError
 from raylm.messages import Generated, Message, Request
-from tests.engines.conftest import Record, ask, make_request, run, run_all, until
+from tests.engines.conftest import Record, ask, check_special_stop_word, make_request, run, run_all, until
 
 from .conftest import on_cpu, transformers_answers
 from .reference import NUM_TOKENS
@@ -65,23 +65,10 @@ async def test_end_of_sequence_counts_and_does_not_show(engine: LMDeployEngine) 
     assert record.text == "The capital of France is Paris."
 
 
-SPECIAL_STOP_WORD = "<|im_start|>"  # not the model's end of sequence
-
-
 @pytest.mark.parametrize("ignore_eos", [False, True])
 async def test_stop_word_that_is_a_special_token(engine: LMDeployEngine, ignore_eos: bool) -> None:
     """A stop word without text, which a special token is, ends the text and the work, of a continued answer too."""
-    prompt = "Hello" + (SPECIAL_STOP_WORD + "user\nHello") * 6 + SPECIAL_STOP_WORD
-    plain = await run(engine, make_request(prompt, max_new_tokens=8, ignore_eos=ignore_eos))
-    end = plain.token_ids.index(1) + 1
-    parameters = {"max_new_tokens": 900, "ignore_eos": ignore_eos, "stop_words": [SPECIAL_STOP_WORD, "#"]}
-    whole = await run(engine, make_request(prompt, **parameters))
-    assert (whole.text, whole.finish_reason) == ("user\nHello", "stop")
-    assert whole.token_ids == plain.token_ids[:end]
-    assert whole.usage.completion_tokens == end
-    rest = await run(engine, make_request(prompt, whole.generated(2), **parameters))
-    assert whole.generated(2).text + rest.text == whole.text
-    assert (rest.finish_reason, rest.usage) == ("stop", whole.usage)
+    await check_special_stop_word(engine, ignore_eos=ignore_eos)
 
 
 async def test_stop_word_of_several_tokens_ends_the_work(engine: LMDeployEngine) -> None:
