@@ -1,5 +1,6 @@
 """One local Ray cluster for all tests of a run, and pools on it."""
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from raylm.conversation import Conversations
 from raylm.messages import GenerationConfig, Request
 from raylm.pool import Pool
 from tests.multinode import rig
+
+# Every cluster of the tests has these. Ray would start a process for each CPU that a test says its node has, and look
+# for new logs twice a second, which takes longer with each actor that there has been.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
 
 
 def pytest_report_header() -> str:

@@ -24,6 +24,9 @@ from raylm.actors.placement import Node
 from raylm.errors import ClusterBusyError, PlacementError
 
 _OBJECT_STORE_BYTES = 128 * 1024**2  # of a local cluster; raylm keeps nothing in Ray's object store
+_LOCAL_SYSTEM = {"prestart_worker_first_driver": False}
+"""Of a local cluster. Ray would start a process for each core of the machine, whatever it is then asked to do."""
+
 _CONNECT_TIMEOUT_S = 5.0
 
 _KEPT = b"raylm"
@@ -78,7 +81,13 @@ def connect(address: str | None, *, start: bool = True) -> Literal["started", "j
         return "joined"
     if not start:
         raise PlacementError("no Ray cluster runs here; start one with `ray start --head`, or give its --address")
-    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _system_config=_LOCAL_SYSTEM,
+        **quiet,
+    )
     return "started"
 
 

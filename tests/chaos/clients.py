@@ -224,13 +224,25 @@ class Crowd:
         self.tasks: list[asyncio.Task[Ask]] = []
 
     async def start(self, size: int) -> None:
-        """Start `size` long answers; returns when all of them are live."""
+        """Start `size` long answers; returns when all of them are on their way.
+
+        On a machine so busy that the first are over before the last begin, longer ones are started.
+        """
         num_sessions = size // 3
         self.conversations = [
             Conversation(self.model, f"{self._name}-{number}") for number in range(num_sessions + num_sessions // 2)
         ]
         for round_ in range(2):
             await asyncio.gather(*(talk.say(self._http, f"turn {round_}") for talk in self.conversations))
+        await self._start(size, num_sessions)
+        while any(ask.outcome is not None for ask in self.asks):
+            await self.finish()
+            failed = [ask for ask in self.asks if ask.outcome != "right"]
+            assert not failed, f"before anything was broken: {failed}"
+            self._num_tokens *= 2
+            await self._start(size, num_sessions)
+
+    async def _start(self, size: int, num_sessions: int) -> None:
         self.turns = [(talk, talk.turn("tell me more", self._num_tokens)) for talk in self.conversations[:num_sessions]]
         self.asks = [ask for _, ask in self.turns]
         for number in range(size - num_sessions):
@@ -238,8 +250,6 @@ class Crowd:
             self.asks.append(make(self.model, f"{self._name} {number}", self._num_tokens))
         self.tasks = [asyncio.create_task(ask.run(self._http)) for ask in self.asks]
         await asyncio.gather(*(ask.live.wait() for ask in self.asks))
-        early = [ask for ask in self.asks if ask.outcome is not None]
-        assert not early, f"over before all others were live: {early}"
 
     async def finish(self) -> None:
         """Wait for the end of every long answer."""

@@ -55,6 +55,7 @@ class Cluster:
         self.environment = {**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}}
         self.environment |= {
             "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of the 30 s that each end would take
             "RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy")),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylm-haproxy"),
         }
@@ -70,15 +71,22 @@ class Cluster:
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += ["--disable-usage-stats"]
         log = folder / "start.log"
-        with log.open("wb") as said:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, *command], stdout=said, stderr=said, env=self.environment
-            )
+
+        def start() -> subprocess.Popen[bytes]:
+            with log.open("wb") as said:
+                return subprocess.Popen(
+                    [sys.executable, "-c", _MAIN, *command], stdout=said, stderr=said, env=self.environment
+                )
 
         def is_there() -> bool:
-            assert self.process.poll() is None, log.read_text()[-2000:]
-            return not self.run("status").returncode
+            if self.process.poll() is not None:
+                said = log.read_text()
+                # Ray waits 30 s for its raylet, which on a busy machine may take longer.
+                assert "timed out during startup" in said, said[-2000:]
+                self.process = start()
+            return "Ray runtime started" in log.read_text()
 
+        self.process = start()
         wait(is_there)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -152,8 +160,8 @@ class Cluster:
         wait(deployed)
 
     def slots(self) -> list[dict[str, Any]]:
-        """Return the model's slots."""
-        (model,) = json.loads(self.told("status", "--json"))
+        """Return the model's slots, as its endpoint tells them: a process that asks takes seconds."""
+        (model,) = requests.get(f"http://127.0.0.1:{self.port}/state", timeout=60).json()["models"]
         slots: list[dict[str, Any]] = model["slots"]
         return slots
 
@@ -182,12 +190,10 @@ class Cluster:
 
     def close(self) -> None:
         """End all of it."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        _, alive = psutil.wait_procs(family, timeout=5)
-        for process in alive:
-            process.kill()
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
 
 
 @contextmanager
@@ -209,6 +215,20 @@ def served() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[Cluster]:
+    """A cluster that lasts as long as this file."""
+    with a_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(lasting: Cluster) -> Iterator[Cluster]:
+    """A cluster on which nothing of raylm runs."""
+    yield lasting
+    lasting.told("down")
+
+
 def test_what_is_up_stays(served: Cluster) -> None:
     """The model goes on when `up` has ended, and answers over HTTP."""
     assert served.generate("one two three")["text"] != ""
@@ -219,6 +239,8 @@ def test_status(served: Cluster) -> None:
     text = served.told("status")
     assert "sim  2 of 2 up" in text
     assert text.count("simulated, pid") == 2
+    (model,) = json.loads(served.told("status", "--json"))
+    assert [slot["pid"] for slot in model["slots"]] == [slot["pid"] for slot in served.slots()]
 
 
 def test_scale_and_drain(served: Cluster) -> None:
@@ -311,34 +333,32 @@ def test_a_command_that_is_killed_holds_nobody_up(served: Cluster) -> None:
     assert served.generate("still there")["receipt"]["model"] == "after"
 
 
-def test_two_at_once() -> None:
+def test_two_at_once(cluster: Cluster) -> None:
     """Of two that start at the same moment one is refused, or waits until the other is done: never do both work."""
-    with a_cluster() as cluster:
-        names = ["left", "right"]
-        with ThreadPoolExecutor() as threads:
-            commands = [cluster.begin_up({**ENGINE, "model_name": name}) for name in names]
-            outputs = list(threads.map(lambda command: command.communicate(timeout=_TIMEOUT_S)[1], commands))
-        codes = [command.returncode for command in commands]
-        assert sorted(codes) in ([0, 0], [0, 3]), outputs
-        (slot,) = cluster.slots()
-        if 3 in codes:
-            refused = codes.index(3)
-            other = commands[1 - refused].pid
-            assert re.search(rf"process {other} on \S+ is changing what this cluster serves", outputs[refused])
-            assert slot["model"] == names[1 - refused]
-        assert slot["state"] == "up"
-        assert cluster.generate("hello")["receipt"]["model"] == slot["model"]
+    names = ["left", "right"]
+    with ThreadPoolExecutor() as threads:
+        commands = [cluster.begin_up({**ENGINE, "model_name": name}) for name in names]
+        outputs = list(threads.map(lambda command: command.communicate(timeout=_TIMEOUT_S)[1], commands))
+    codes = [command.returncode for command in commands]
+    assert sorted(codes) in ([0, 0], [0, 3]), outputs
+    (slot,) = cluster.slots()
+    if 3 in codes:
+        refused = codes.index(3)
+        other = commands[1 - refused].pid
+        assert re.search(rf"process {other} on \S+ is changing what this cluster serves", outputs[refused])
+        assert slot["model"] == names[1 - refused]
+    assert slot["state"] == "up"
+    assert cluster.generate("hello")["receipt"]["model"] == slot["model"]
 
 
-def test_a_first_start_that_fails_is_corrected() -> None:
+def test_a_first_start_that_fails_is_corrected(cluster: Cluster) -> None:
     """The mended file is enough: nothing has to be ended first."""
-    with a_cluster() as cluster:
-        first = cluster.begin_up({**ENGINE, "num_gpus": 1}, pool={"placement_timeout_s": 0})  # there are none
-        assert "does not fit" in first.communicate(timeout=_TIMEOUT_S)[1]
-        assert first.returncode == 3
-        assert "does not fit" in cluster.told("status")
-        cluster.up(ENGINE)
-        assert cluster.generate("hello")["text"] != ""
+    first = cluster.begin_up({**ENGINE, "num_gpus": 1}, pool={"placement_timeout_s": 0})  # there are none
+    assert "does not fit" in first.communicate(timeout=_TIMEOUT_S)[1]
+    assert first.returncode == 3
+    assert "does not fit" in cluster.told("status")
+    cluster.up(ENGINE)
+    assert cluster.generate("hello")["text"] != ""
 
 
 _END = """
@@ -360,58 +380,50 @@ with raylm.connect("sim", address=sys.argv[1]) as chatbot:
 """
 
 
-def test_a_model_that_is_ended() -> None:
+def test_a_model_that_is_ended(cluster: Cluster) -> None:
     """Gateways and programs that have used it refuse requests, and say why; `up` serves it again."""
-    with a_cluster() as cluster:
-        cluster.up(ENGINE)
-        subprocess.run([sys.executable, "-c", _END, cluster.address], check=True, env=cluster.environment)
-        url = f"http://127.0.0.1:{cluster.port}"
-        response = requests.post(f"{url}/generate", json={"inputs": "hello"}, timeout=60)
-        assert (response.status_code, response.json()["error"]["type"]) == (404, "ModelNotFoundError")
-        assert "model 'sim' is served no longer" in response.json()["error"]["message"]
-        assert requests.get(f"{url}/v1/models", timeout=60).json()["data"] == []
-        assert requests.get(f"{url}/state", timeout=60).json()["models"] == []
-        assert not cluster.is_healthy()
-        cluster.up(ENGINE)
-        assert cluster.generate("hello")["text"] != ""
-        program = subprocess.Popen(
-            [sys.executable, "-c", _ASK_LATER, cluster.address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=cluster.environment,
-        )
-        try:
-            assert program.stdout is not None
-            assert program.stdout.readline().strip()
-            cluster.told("down")
-            assert "model 'sim' is served no longer" in program.communicate("\n", timeout=_TIMEOUT_S)[0]
-        finally:
-            program.kill()
-            program.wait()
-
-
-def test_serve_deploy() -> None:
-    """The file in `cluster/` can be deployed, a changed one updates what runs, and `down` ends it."""
-    with a_cluster() as cluster:
-        cluster.deploy(ENGINE)
-        wait(lambda: "sim  1 of 1 up" in cluster.told("status"))
-        wait(cluster.is_healthy)
-        assert cluster.generate("hello")["receipt"]["model"] == "first"
-        cluster.deploy({**ENGINE, "model_name": "second"})
-        wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
+    cluster.up(ENGINE)
+    subprocess.run([sys.executable, "-c", _END, cluster.address], check=True, env=cluster.environment)
+    url = f"http://127.0.0.1:{cluster.port}"
+    response = requests.post(f"{url}/generate", json={"inputs": "hello"}, timeout=60)
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "ModelNotFoundError")
+    assert "model 'sim' is served no longer" in response.json()["error"]["message"]
+    assert requests.get(f"{url}/v1/models", timeout=60).json()["data"] == []
+    assert requests.get(f"{url}/state", timeout=60).json()["models"] == []
+    assert not cluster.is_healthy()
+    cluster.up(ENGINE)
+    assert cluster.generate("hello")["text"] != ""
+    program = subprocess.Popen(
+        [sys.executable, "-c", _ASK_LATER, cluster.address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=cluster.environment,
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline().strip()
         cluster.told("down")
-        assert "nothing is served" in cluster.told("status")
+        assert "model 'sim' is served no longer" in program.communicate("\n", timeout=_TIMEOUT_S)[0]
+    finally:
+        program.kill()
+        program.wait()
 
 
-def test_down_leaves_nothing() -> None:
+def test_serve_deploy(cluster: Cluster) -> None:
+    """The file in `cluster/` can be deployed, a changed one updates what runs, and `down` ends it."""
+    cluster.deploy(ENGINE)
+    wait(lambda: "sim  1 of 1 up" in cluster.told("status"))
+    wait(cluster.is_healthy)
+    assert cluster.generate("hello")["receipt"]["model"] == "first"
+    cluster.deploy({**ENGINE, "model_name": "second"})
+    wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
+    cluster.told("down")
+    assert "nothing is served" in cluster.told("status")
+
+
+def test_down_leaves_nothing(cluster: Cluster) -> None:
     """No actor of raylm or Serve, and no port, is left; the cluster is."""
-    with a_cluster() as cluster:
-        check_down(cluster)
-
-
-def check_down(cluster: Cluster) -> None:
-    """See that `down` ends everything."""
     cluster.up(ENGINE)
     before = [slot["pid"] for slot in cluster.slots()]
     assert "sim" in cluster.run("down").stderr
@@ -454,18 +466,17 @@ def test_serve_after_one_that_was_killed(proxy: str, same_port: bool) -> None:
         check_nothing_serves(cluster)
 
 
-def test_serve_beside_others() -> None:
+def test_serve_beside_others(cluster: Cluster) -> None:
     """`raylm serve` refuses to take the place of a living one. Where `up` has had Serve listen, it says so."""
-    with a_cluster() as cluster:
-        with cluster.serve(cluster.port) as (first, _), cluster.serve(free_port()) as (second, said):
-            assert second.wait(_TIMEOUT_S) == 3
-            assert re.search(rf"process {first.pid} on \S+ serves on this cluster already", said)
-            assert cluster.generate("still there")["text"] != ""
-        cluster.up(ENGINE)
-        with cluster.serve(free_port()) as (_, said):
-            assert f"at http://127.0.0.1:{cluster.port} " in said
-            assert cluster.generate("hello")["text"] != ""
-        assert holder(cluster.port) != ""  # Serve was there before
+    with cluster.serve(cluster.port) as (first, _), cluster.serve(free_port()) as (second, said):
+        assert second.wait(_TIMEOUT_S) == 3
+        assert re.search(rf"process {first.pid} on \S+ serves on this cluster already", said)
+        assert cluster.generate("still there")["text"] != ""
+    cluster.up(ENGINE)
+    with cluster.serve(free_port()) as (_, said):
+        assert f"at http://127.0.0.1:{cluster.port} " in said
+        assert cluster.generate("hello")["text"] != ""
+    assert holder(cluster.port) != ""  # Serve was there before
 
 
 def test_no_cluster() -> None:
