@@ -106,6 +106,7 @@ class AsyncLMDeployPipeline(AsyncChatbot):
             session_config=session_config,
         )
         _check_model(path, tp, replicas)
+        _check_device(backend, device)
         if backend_config is not None:
             given = backend_config if isinstance(backend_config, Sequence) else [backend_config]
             _check_agreement(backend, device, given)
@@ -146,13 +147,14 @@ class AsyncLMDeployPipeline(AsyncChatbot):
     def _pick(self) -> EngineConfig:
         backend = self.backend
         if backend == "auto":
-            if any(node.num_gpus for node in nodes()):
+            if self.device == "cuda" or (self.device == "auto" and any(node.num_gpus for node in nodes())):
                 backend = "turbomind"
             elif find_spec("openvino_genai") is None and find_spec("lmdeploy") is not None:
                 backend = "pytorch"
             else:
                 backend = "openvino"
-                _say_once("the cluster has no GPU: backend 'auto' is openvino, on CPU")
+                if self.device == "auto":
+                    _say_once("the cluster has no GPU: backend 'auto' is openvino, on CPU")
         if backend == "openvino":
             return OpenVINOConfig()
         backend, device = _engine_and_device(backend, self.device)
@@ -462,6 +464,8 @@ def _check_model(path: object, tp: int, replicas: int) -> None:
 def _check_device(backend: str, device: Device) -> None:
     if backend == "turbomind" and device == "cpu":
         raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
+    if backend == "openvino" and device == "cuda":
+        raise InvalidRequestError("device: the openvino engine runs on the cpu alone; turbomind and pytorch use GPUs")
 
 
 def _check_agreement(backend: Backend, device: Device, given: Sequence[EngineConfig]) -> None:

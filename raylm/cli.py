@@ -909,8 +909,16 @@ def _target(
     """Return who is to answer."""
     if pool is not None and url is not None:
         raise typer.BadParameter("either --pool or --url", param_hint="--pool")
-    if (pool or url) and engine_config is not None:
-        raise typer.BadParameter("it is for actors that this command starts", param_hint="--engine-config")
+    if pool is not None or url is not None:
+        started = {
+            "--engine-config": engine_config is not None,
+            "--backend": backend != "auto",
+            "--replicas": replicas != 1,
+            "--tp": tp != 1,
+            "--model": pool is not None and model is not None,
+        }
+        for option in (name for name, is_given in started.items() if is_given):
+            raise typer.BadParameter("it is for actors that this command starts", param_hint=option)
     if pool is not None:
         return {"kind": "pool", "name": pool, "address": address}
     if url is not None:

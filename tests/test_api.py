@@ -327,6 +327,13 @@ def test_arguments_that_contradict_the_settings_raise(argument: Any, given: Any,
         AsyncLMDeployPipeline("any", backend_config=given, **argument)
 
 
+@pytest.mark.parametrize(("backend", "device"), [("turbomind", "cpu"), ("openvino", "cuda")])
+def test_a_device_that_the_engine_cannot_use_raises(backend: Any, device: Any) -> None:
+    """It raises InvalidRequestError before anything is started."""
+    with pytest.raises(InvalidRequestError, match=f"device: .*{backend}"):
+        AsyncLMDeployPipeline("any", backend=backend, device=device)
+
+
 @pytest.mark.parametrize(
     ("arguments", "given"),
     [

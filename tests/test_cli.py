@@ -146,6 +146,8 @@ def test_help_tells_the_exit_codes(verb: list[str]) -> None:
             "pytorch', but backend_config (--engine-config) is for 'simulated",
         ),
         (["batch", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
+        (["batch", "-", "--pool=any", "--backend=pytorch"], "--backend: it is for actors that this command starts"),
+        (["batch", "-", "--url=http://any", "--replicas=2"], "--replicas: it is for actors that this command starts"),
         (["report", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
         (["verify", "/nowhere.jsonl"], "there is no /nowhere.jsonl.ledger"),
         (["demo", "--kill"], "needs --replicas 2 or more"),
