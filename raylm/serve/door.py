@@ -33,12 +33,10 @@ from raylm.errors import (
     RequestTooLargeError,
 )
 from raylm.messages import FinishReason, Receipt
-from raylm.serve.schema import BUG, error_body
+from raylm.serve.schema import BUG, FILES_PATH, error_body
 
 _OPEN_PATHS = ("/", "/docs", "/health")
 """Served without a key, and so is what the pages need."""
-
-FILES_PATH = "/v1/files"
 
 _FORM_BYTES = 2**16
 """What a form may have beside its file."""

@@ -16,8 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raylm.errors import InvalidRequestError
-from raylm.serve.door import FILES_PATH
-from raylm.serve.schema import error_body
+from raylm.serve.schema import FILES_PATH, error_body
 
 IMPORT_PATH = "raylm.serve.headers:middlewares"
 """Of what Serve is to call."""

@@ -23,6 +23,8 @@ _encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": heartbeat\n\n"
 
+FILES_PATH = "/v1/files"
+
 MAX_INT = 2**63 - 1
 """The highest integer that messages hold."""
 
