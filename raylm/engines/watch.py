@@ -26,7 +26,7 @@ class Watch:
     __slots__ = ("_end", "_limit_s", "_loop", "_others_heard_at", "_timer", "begun", "expired", "heard_at")
 
     def __init__(self, end: Callable[[], object], limit_s: float, others_heard_at: Callable[[], float]) -> None:
-        self._end: Callable[[], object] | None = end
+        self._end = end
         self._limit_s = limit_s
         self._others_heard_at = others_heard_at
         self._loop = asyncio.get_running_loop()
@@ -44,9 +44,8 @@ class Watch:
             self._expire()
 
     def _expire(self) -> None:
-        if self._end is not None:
-            self.expired = True
-            self._end()
+        self.expired = True
+        self._end()
 
     def end_in(self, limit_s: float) -> None:
         """End the answer after this time, whatever is heard."""
@@ -56,4 +55,3 @@ class Watch:
     def stop(self) -> None:
         """Watch no longer."""
         self._timer.cancel()
-        self._end = None
