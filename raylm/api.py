@@ -146,12 +146,9 @@ class AsyncLMDeployPipeline(AsyncChatbot):
 
     def _pick(self) -> EngineConfig:
         backend = self.backend
-        if backend == "auto":
-            if self.device == "cuda" or (self.device == "auto" and any(node.num_gpus for node in nodes())):
-                backend = "turbomind"
-            elif find_spec("openvino_genai") is None and find_spec("lmdeploy") is not None:
-                backend = "pytorch"
-            else:
+        if backend == "auto" and self.device != "cuda":
+            on_gpu = self.device == "auto" and any(node.num_gpus for node in nodes())
+            if not on_gpu and (find_spec("openvino_genai") is not None or find_spec("lmdeploy") is None):
                 backend = "openvino"
                 if self.device == "auto":
                     _say_once("the cluster has no GPU: backend 'auto' is openvino, on CPU")

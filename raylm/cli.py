@@ -917,8 +917,9 @@ def _target(
             "--tp": tp != 1,
             "--model": pool is not None and model is not None,
         }
-        for option in (name for name, is_given in started.items() if is_given):
-            raise typer.BadParameter("it is for actors that this command starts", param_hint=option)
+        for option, is_given in started.items():
+            if is_given:
+                raise typer.BadParameter("it is for actors that this command starts", param_hint=option)
     if pool is not None:
         return {"kind": "pool", "name": pool, "address": address}
     if url is not None:
