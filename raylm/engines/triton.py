@@ -501,7 +501,8 @@ class TritonEngine:
         finally:
             watch.stop()
             call.cancel()
-            del call
+            # gRPC keeps a closed channel's connection open while anything holds a call, and an error holds this frame.
+            del call, watch
         if failure is not None:
             raise failure
 
