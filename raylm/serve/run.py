@@ -223,7 +223,7 @@ class Endpoint:
         remember(_KEY, self._about_gateways())
         if not update:
             asyncio.run(_wait_until_up(self._config.models))
-            self._wait_for_proxy()
+        self._wait_for_proxy()
 
     def _wait_for_proxy(self) -> None:
         """Wait for the proxy to pass requests on: it hears of new gateways a moment after they run."""
