@@ -44,14 +44,14 @@ async def _state(model: str) -> ModelState:
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             manager = await asyncio.to_thread(find, model)
-            config = ModelConfig.model_validate_json(await told(manager.config.remote()))
             state = _decode_state(await told(manager.state.remote()))
-            state.num_sessions = await _num_sessions(config, manager)
+            if not state.problem:
+                config = ModelConfig.model_validate_json(await told(manager.config.remote()))
+                state.num_sessions = await _num_sessions(config, manager)
     except TimeoutError:
         return ModelState(
             name=model,
-            problem=f"its manager does not answer within {_ANSWER_TIMEOUT_S:g} s; its actors may wait for room, see "
-            "`raylm plan`",
+            problem=f"its manager does not answer within {_ANSWER_TIMEOUT_S:g} s; look at the logs of Ray's nodes",
         )
     except RaylmError as error:
         return ModelState(name=model, problem=str(error))

@@ -49,6 +49,9 @@ _END_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 10.0
 """How long a manager has to answer what it need not wait for. Its process may stand still."""
 
+_CREATION_S = 2.0
+"""How long actors take to be created where there is room for them."""
+
 _SUFFIX = ":manager"
 
 _log = logging.getLogger(__name__)
@@ -281,9 +284,14 @@ class ManagerActor:
         self._clients.cancel(request_id)
 
     async def state(self) -> bytes:
-        """Return a `ModelState`."""
-        fleet = await self._fleet()
+        """Return a `ModelState`. While actors wait for room, it says so."""
         found = self._clients.state()
+        try:
+            async with asyncio.timeout(_CREATION_S):
+                fleet = await self._fleet()
+        except TimeoutError:
+            found.problem = "its actors are being created, which takes long where they wait for room: see `raylm plan`"
+            return _encode(found)
         seen = {slot.slot: slot for slot in found.slots}
         found.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
         found.num_wanted = fleet.num_wanted

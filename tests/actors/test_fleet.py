@@ -547,6 +547,18 @@ async def test_a_look_at_a_model_that_has_not_started_starts_nothing() -> None:
 
 
 @pytest.mark.usefixtures("unstarted")
+async def test_a_look_at_a_model_that_waits_for_room() -> None:
+    """It tells that, and does not wait with it."""
+    first = asyncio.create_task(serve(config(NO_ROOM)))
+    await _until(lambda: "slot-0" in _parts())
+    (state,) = await operate.states()
+    assert (state.slots, "are being created" in state.problem) == ([], True)
+    await end(NAME)
+    with pytest.raises(NoActorError):
+        await first
+
+
+@pytest.mark.usefixtures("unstarted")
 async def test_a_corrected_first_start_survives_the_manager() -> None:
     """The next process is made with the settings that were wrong, and goes on from those that were said last."""
     refused, said_at = config(NO_ROOM, pool={"placement_timeout_s": 0}), time.time_ns()
