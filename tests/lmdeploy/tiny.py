@@ -51,7 +51,7 @@ def main() -> None:
         "qwen2": lambda: transformers.Qwen2Config(**shape),
         "qwen3": lambda: transformers.Qwen3Config(**shape),
     }[architecture]()
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # of those tried: in the regression set no two likeliest tokens are as close as float32 errs
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
