@@ -48,11 +48,12 @@ LEASE_S = 10.0
 """A client that has not polled for this long is gone; its requests are aborted."""
 
 _REST_PER_REQUEST_S = 80e-6
-_MAX_REST_S = 0.02
+_MAX_REST_S = 0.01
 """Between two replies to a client there is at least this much time for each of its requests, up to that much.
 
 A reply costs about 0.6 ms of CPU in this process whatever is in it, nearly all of it Ray's. Of an engine whose requests
 have each a pace of their own, more would go to replies than to tokens. With few requests the wait is next to nothing.
+The most is less than engines take for a step: else their deltas would wait for most of the next one.
 """
 
 _MAX_BACKOFF_S = 60.0
