@@ -22,11 +22,11 @@ def mailbox(num_requests: int) -> _Client:
 
 
 async def test_a_reply_waits_for_company_among_many_requests() -> None:
-    """With hundreds of requests there are at most fifty replies a second."""
+    """With hundreds of requests there are at most a hundred replies a second."""
     client = mailbox(1000)
     started_at = client.told_at
     await client.rest()
-    assert time.monotonic() - started_at >= 0.0199  # as exact as the loop's clock
+    assert time.monotonic() - started_at >= 0.0099  # as exact as the loop's clock
 
 
 @pytest.mark.parametrize("num_requests", [1, 1000])
