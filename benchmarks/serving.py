@@ -72,6 +72,7 @@ MODEL = "smollm2-135m-instruct"
 NUM_REAL_STREAMS = 32
 LONG_S = 3600
 NUM_SESSIONS, NUM_TURNS = 200, 5
+BASELINES = ("baseline", "optimized")
 
 LUA = """
 wrk.method = "POST"
@@ -314,7 +315,7 @@ def measure_streams(*, quick: bool) -> list[Figure]:
     with serving([SimulatedConfig(tokens_per_s=RATE)], "sim") as url:
         from ray import serve
 
-        for name in ("baseline", "optimized"):
+        for name in BASELINES:
             serve.run(baseline_app(optimized=name == "optimized"), name=name, route_prefix=f"/{name}")
         chat, body = f"{url}/v1/chat/completions", '{"prompt": "question %%d", "max_tokens": %d}'
         stream_body, probe_body = chat_body("sim", NUM_TOKENS, stream=True), chat_body("sim", 1, stream=True)
@@ -322,7 +323,7 @@ def measure_streams(*, quick: bool) -> list[Figure]:
             "raylm": (chat, stream_body, chat, probe_body, duration_s),
             **{
                 name: (f"{url}/{name}/stream", body % NUM_TOKENS, f"{url}/{name}/stream", body % 1, 2 * duration_s)
-                for name in ("baseline", "optimized")
+                for name in BASELINES
             },
         }
         for load in loads.values():
@@ -331,7 +332,7 @@ def measure_streams(*, quick: bool) -> list[Figure]:
             for name, load in loads.items():
                 found[name].append(load_round(*load))
                 say(f"round {number}, {name}: {found[name][-1]}")
-        for name in ("baseline", "optimized"):
+        for name in BASELINES:
             serve.delete(name)  # else the endpoint leaves Serve to them, and Serve would take it for the next cluster's
 
     def median(name: str, what: str) -> float:

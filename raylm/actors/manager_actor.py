@@ -285,13 +285,13 @@ class ManagerActor:
 
     async def state(self) -> bytes:
         """Return a `ModelState`. While actors wait for room, it says so."""
-        found = self._clients.state()
         try:
             async with asyncio.timeout(_CREATION_S):
                 fleet = await self._fleet()
         except TimeoutError:
-            found.problem = "its actors are being created, which takes long where they wait for room: see `raylm plan`"
-            return _encode(found)
+            problem = "its actors are being created, which takes long where they wait for room: see `raylm plan`"
+            return _encode(ModelState(name=self._name, problem=problem))
+        found = self._clients.state()
         seen = {slot.slot: slot for slot in found.slots}
         found.slots = [slot.statistics(seen.get(number)) for number, slot in sorted(fleet.slots.items())]
         found.num_wanted = fleet.num_wanted
