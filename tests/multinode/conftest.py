@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tests.multinode.driver import Driver
-from tests.multinode.rig import Rig, start_rig, title
+from tests.multinode.rig import Rig, start_rig
 
 ENVIRONMENT = {
     # Ray takes a node for dead after five checks of up to two seconds each, a second apart; by default it takes up to a
@@ -31,6 +31,4 @@ async def driver(rig: Rig) -> AsyncIterator[Driver]:
     async with Driver.on(rig) as driver:
         yield driver
         await driver.ask("end")
-        for node in rig.nodes:
-            left = [found for found in map(title, rig.processes(node)) if "Actor" in found]
-            assert not left, f"orphans on node {node.number}: {left}"
+        await asyncio.to_thread(rig.until_idle)

@@ -174,6 +174,14 @@ class Rig:
             time.sleep(0.05)
         self.nodes.remove(node)
 
+    def until_idle(self) -> None:
+        """Wait until no node has a process of an actor: Ray kills them without waiting for their end."""
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for node in self.nodes:
+            while left := [found for found in map(title, self.processes(node)) if "Actor" in found]:
+                assert time.monotonic() < deadline, f"orphans on node {node.number}: {left}"
+                time.sleep(0.05)
+
     def restore(self) -> None:
         """Start a node for each one that has died."""
         missing = self._num_nodes + 1 - len(self.nodes)
