@@ -5,7 +5,6 @@ The Triton server has its tokens from the api_server that runs already, so that 
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import requests
 from raylm import CHATML_META, Chatbot, HTTPConfig, Status, TritonConfig
 from raylm.errors import SessionBusyError
 from raylm.messages import Request
+from raylm.ports import free_port
 from tests.engines.conftest import ask as ask_once
 from tests.engines.conftest import make_request
 from tests.engines.triton_server import TritonServer, make_repository
@@ -45,8 +45,7 @@ class Server:
     """An api_server that is nobody's child but this test's, on a free port."""
 
     def __init__(self, folder: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.address = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "raylm.engines.lmdeploy_cpu", "serve", "api_server", folder]
         options = {"backend": "pytorch", "device": "cpu", "session-len": 512, "max-batch-size": 4, "num-gpu-blocks": 40}
