@@ -313,8 +313,8 @@ class PoolConfig(_Config):
     """How the pool queues, retries and gives up.
 
     Attributes:
-        max_queued: Requests waiting for a slot; one more is refused with PoolSaturatedError. None: no limit. A list of
-            prompts is let in as a whole, by the room for one.
+        max_queued: Requests of a lane that wait for a slot; one more is refused with PoolSaturatedError. None: no
+            limit. Lists of prompts have the batch lane, and are let in as a whole, by the room for one.
         max_attempts: Actors that may work on one request.
         first_token_timeout_s: Floor of the watchdog's bound on the first token. The bound itself follows the pool's
             own history and is never below this.
@@ -338,6 +338,13 @@ class PoolConfig(_Config):
     interactive_reserve: float = Field(default=0, ge=0, lt=1)
     max_pins: int = Field(default=1_000_000, ge=1)
     placement_timeout_s: float | None = Field(default=None, ge=0)
+
+
+class ServedPoolConfig(PoolConfig):
+    """That of a model that is served, to people who do not know of each other."""
+
+    max_queued: int | None = Field(default=10_000, ge=1)
+    interactive_reserve: float = Field(default=1 / 16, ge=0, lt=1)
 
 
 class BatchConfig(_Config):
@@ -448,7 +455,7 @@ class ModelConfig(_Config):
     name: str = Field(min_length=1, max_length=200)
     engines: tuple[EngineGroup, ...] = Field(min_length=1)
     meta_template: Literal["internlm2", "chatml"] | list[dict[str, Any]] | None = None
-    pool: PoolConfig = PoolConfig(max_queued=10_000, interactive_reserve=1 / 16)
+    pool: ServedPoolConfig = ServedPoolConfig()
     sessions: SessionConfig = SessionConfig()
     drain_timeout_s: float = Field(default=300, ge=0)
 

@@ -62,6 +62,8 @@ class Link:
         self.client_id = ""
         self.outbox: list[Stream] = []
         self.unsent: set[int] = set()  # keys of attempts that the actor cannot have seen
+        self.submitting: set[int] = set()  # keys in calls that have not returned
+        self.given_up: set[int] = set()  # those among them that are to be aborted then
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # up once, failed, or gone
         self.error: RaylmError | None = None  # why it is not up
         self.task: asyncio.Task[None] | None = None  # that of `run`
@@ -166,7 +168,7 @@ class Link:
             batch, submission = self._without_wrong(batch, requests)
             if not batch:
                 return
-        # The call leaves here and now, so that no `cancel` overtakes it.
+        self.submitting.update(key for key, _ in batch)
         call = self.actor.submit.remote(self.client_id, submission)
         self.pool._tasks.start(self._await_submit(call, self.client_id, batch))
 
@@ -197,9 +199,23 @@ class Link:
             for key, stream in batch:
                 if self.streams.get(key) is stream:
                     self.pool._move(stream, "failed", ActorLostError(f"slot {self.number}: {first_line(error)}"))
+        keys = {key for key, _ in batch}
+        self.submitting -= keys
+        if given_up := self.given_up & keys:
+            self.given_up -= given_up
+            if self.client_id == client_id:
+                self._abort(list(given_up))
 
     def cancel(self, keys: list[int]) -> None:
-        """Abort attempts at the actor."""
+        """Abort attempts at the actor.
+
+        An actor of coroutines starts Ray's calls in any order: what is being submitted is aborted when it has been.
+        """
+        self.given_up.update(self.submitting.intersection(keys))
+        if known := [key for key in keys if key not in self.submitting and key not in self.unsent]:
+            self._abort(known)
+
+    def _abort(self, keys: list[int]) -> None:
         self.pool._tasks.start(self._quietly(self.actor.cancel.remote(self.client_id, keys)))
 
     async def forget(self) -> None:

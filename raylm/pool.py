@@ -34,7 +34,7 @@ import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -96,6 +96,10 @@ _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 
 
+def _new_lanes() -> dict[Lane, deque[Stream]]:
+    return {"interactive": deque(), "batch": deque()}
+
+
 class _Silence:
     """Fails requests when nothing has happened to any of them for too long.
 
@@ -154,12 +158,12 @@ class Pool:
         self._tasks = Tasks("a pool")
         self._suspects: deque[Stream] = deque()
         self._trials_at_once = 1  # in each slot
-        self._lanes: dict[Lane, deque[Stream]] = {"interactive": deque(), "batch": deque()}
-        # Waiting for the one slot they are pinned to, which is up and full; no queue is kept empty. Only those of slots
-        # that have since got room, or one more to wait, are looked at: there may be as many as there are slots.
-        self._pinned: dict[int, deque[Stream]] = {}
+        self._lanes = _new_lanes()
+        # Waiting for the one slot they are pinned to, which is up and full; no slot is kept with two empty lanes. Only
+        # those of slots that have since got room, or one more to wait, are looked at: there may be very many slots.
+        self._pinned: dict[int, dict[Lane, deque[Stream]]] = {}
         self._pinned_due: set[int] = set()
-        self._num_waiting = 0
+        self._num_waiting: Counter[Lane] = Counter()
         self._batch_credit = 0.0
         self._dispatch_due = False
         self._keys = itertools.count(1)
@@ -326,7 +330,7 @@ class Pool:
             NoActorError: the pool is closed, or none of its slots can be started.
             RaylmError: it has ended; see `end`.
         """
-        self._admit()
+        self._admit(lane, session_id)
         return self._begin(
             request,
             lane=lane,
@@ -338,14 +342,15 @@ class Pool:
             ended=ended,
         )
 
-    def _admit(self) -> None:
+    def _admit(self, lane: Lane, session_id: str | None) -> None:
         """Do nothing where there is room for one more request. Raises what `stream` does."""
         self.check_open()
         limit = self.config.max_queued
-        if limit is not None and self._num_waiting >= limit:
+        if limit is not None and self._num_waiting[lane] >= limit:
             if self._dispatch_due:
                 self._dispatch()  # of many that come in one loop tick, only those that find no room wait
-            if self._num_waiting >= limit and not self.router.has_room():
+            has_room = self.router.has_room(session_id, spare=lane == "batch")
+            if self._num_waiting[lane] >= limit and not has_room:
                 raise PoolSaturatedError(f"{limit} requests wait already; try again later", retry_after_s=1.0)
         if self._hopeless:
             raise NoActorError(f"no engine could be started; the last one said: {self._last_start_error}")
@@ -460,7 +465,7 @@ class Pool:
         streams: dict[int, Stream] = {}
         silence: _Silence | None = None
         if requests:
-            self._admit()
+            self._admit(lane, session_id)
         try:
             for index in sorted(range(len(requests)), key=lambda index: -requests[index].config.max_new_tokens):
                 request = msgspec.structs.replace(requests[index], stream=False)
@@ -540,7 +545,7 @@ class Pool:
         )
         return PoolStatistics(
             slots=slots,
-            num_waiting=self._num_waiting,
+            num_waiting=self._num_waiting.total(),
             waiting_tokens=sum(stream._tokens for stream in self._waiting()),
             num_running=sum(len(link.streams) for link in self._links.values()),
             num_finished=self._num_finished,
@@ -598,7 +603,9 @@ class Pool:
     # Queue and dispatch
 
     def _waiting(self) -> Iterable[Stream]:
-        queues = [self._suspects, *self._lanes.values(), *self._pinned.values()]
+        queues = [self._suspects]
+        for lanes in (self._lanes, *self._pinned.values()):
+            queues += lanes.values()
         return [stream for queue in queues for stream in queue if not stream.done]
 
     def _queue_of(self, stream: Stream) -> deque[Stream]:
@@ -607,14 +614,17 @@ class Pool:
         number = None if stream._session_id is None else self.router.pinned(stream._session_id)
         if number is not None and number not in stream._avoid:
             self._pinned_due.add(number)
-            return self._pinned.setdefault(number, deque())
+            if number not in self._pinned:
+                self._pinned[number] = _new_lanes()
+            return self._pinned[number][stream._lane]
         return self._lanes[stream._lane]
 
     def _scatter(self, number: int) -> None:
         """Let what waits for a slot that takes nothing now go to any other."""
-        for stream in self._pinned.pop(number, ()):
-            if not stream.done:
-                self._queue_of(stream).append(stream)
+        for queue in self._pinned.pop(number, {}).values():
+            for stream in queue:
+                if not stream.done:
+                    self._queue_of(stream).append(stream)
         self._dispatch_soon()
 
     def _enqueue(self, stream: Stream, *, first: bool = False) -> None:
@@ -624,7 +634,7 @@ class Pool:
             queue.appendleft(stream)
         else:
             queue.append(stream)
-        self._num_waiting += 1
+        self._num_waiting[stream._lane] += 1
         self._dispatch_soon()
 
     def _dispatch_soon(self) -> None:
@@ -637,26 +647,32 @@ class Pool:
         self._dispatch_due = False
         due, self._pinned_due = self._pinned_due, set()
         for number in due:
-            if (queue := self._pinned.get(number)) is not None:
-                self._drain(queue, in_order=True)
-                if not queue:
+            if (lanes := self._pinned.get(number)) is not None:
+                self._drain_lanes(lanes, in_order=True)
+                if not any(lanes.values()):
                     del self._pinned[number]
         self._drain(self._suspects, in_order=True)
-        interactive, batch = self._lanes["interactive"], self._lanes["batch"]
+        self._drain_lanes(self._lanes)
+
+    def _drain_lanes(self, lanes: Mapping[Lane, deque[Stream]], *, in_order: bool = False) -> None:
+        """Send from both lanes, and from that of requests in no hurry no more than its share. See `_drain`."""
+        interactive, batch = lanes["interactive"], lanes["batch"]
         while interactive and batch and self.router.has_room(spare=True):
             self._batch_credit += self.config.batch_share
             if self._batch_credit >= 1:
                 self._batch_credit -= 1
-                self._drain(batch, most=1, spare=True)
+                sent = self._drain(batch, most=1, in_order=in_order, spare=True)
             else:
-                self._drain(interactive, most=1)
-        self._drain(interactive)
-        self._drain(batch, spare=True)
+                sent = self._drain(interactive, most=1, in_order=in_order)
+            if not sent:
+                break  # the room that there is is not for these
+        self._drain(interactive, in_order=in_order)
+        self._drain(batch, in_order=in_order, spare=True)
 
     def _drain(
         self, queue: deque[Stream], *, most: int | None = None, in_order: bool = False, spare: bool = False
-    ) -> None:
-        """Send from the head of a queue until it is empty, or nothing has room, or `most` are sent.
+    ) -> int:
+        """Send from the head of a queue until it is empty, or nothing has room, or `most` are sent; return how many.
 
         Args:
             queue: The queue.
@@ -665,7 +681,8 @@ class Pool:
             spare: Leave the reserve of each slot alone.
         """
         kept = []  # have to wait for a slot that is not among those with room
-        while queue and most != 0 and self.router.has_room(spare=spare):
+        sent = 0
+        while queue and sent != most and self.router.has_room(spare=spare):
             stream = queue.popleft()
             if stream.done:
                 continue
@@ -678,11 +695,11 @@ class Pool:
                 if in_order:
                     break
                 continue
-            self._num_waiting -= 1
+            self._num_waiting[stream._lane] -= 1
             self._start(stream, reservation)
-            if most is not None:
-                most -= 1
+            sent += 1
         queue.extendleft(reversed(kept))
+        return sent
 
     def _start(self, stream: Stream, reservation: Reservation) -> None:
         now = self.loop.time()
@@ -728,7 +745,7 @@ class Pool:
     def _settle(self, stream: Stream, *, receipt: Receipt | None = None, error: RaylmError | None = None) -> None:
         """End a request. The one place where it becomes done."""
         if stream._link is None:
-            self._num_waiting -= 1  # it is still in a queue, which passes over what is done
+            self._num_waiting[stream._lane] -= 1  # it is still in a queue, which passes over what is done
         self._leave(stream)
         stream._receipt = receipt
         stream._error = error

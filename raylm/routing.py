@@ -144,8 +144,14 @@ class Router:
         self._heap = [entry for entry in self._heap if entry[2] != number]
         heapify(self._heap)
 
-    def has_room(self, *, spare: bool = False) -> bool:
-        """True when some slot can take a request, or with `spare` one that is in no hurry."""
+    def has_room(self, session_id: str | None = None, *, spare: bool = False) -> bool:
+        """True when some slot can take a request, or with `spare` one that is in no hurry.
+
+        For one of a session, that is the slot which the session waits for.
+        """
+        if session_id is not None and (number := self.pinned(session_id)) is not None:
+            slot = self._slots[number]
+            return slot.running < (slot.limit if spare else slot.capacity)
         return self._num_spacious > 0 if spare else self._least_loaded(frozenset(), None) is not None
 
     def pin(self, session_id: str, number: int) -> None:

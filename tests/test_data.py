@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data.expressions import col
 
 from raylm.actors.manager_actor import served_models
-from raylm.config import EngineGroup, Fault, ModelConfig, PoolConfig, SimulatedConfig
+from raylm.config import EngineGroup, Fault, ModelConfig, ServedPoolConfig, SimulatedConfig
 from raylm.data import OUTPUT_COLUMNS, Generate, serving
 from raylm.engines.simulated import greedy_text
 from raylm.errors import InvalidRequestError, ModelNotFoundError
@@ -36,7 +36,7 @@ FAULTS = (Fault(match="FAIL", at_token=3, action="fail"),)
 def config(name: str, *, replicas: int = 2, max_queued: int | None = 10_000, **engine: Any) -> ModelConfig:
     """Return a model of simulated engines."""
     group = EngineGroup(engine=SimulatedConfig(faults=FAULTS, **engine), replicas=replicas)
-    return ModelConfig(name=name, engines=(group,), pool=PoolConfig(max_queued=max_queued))
+    return ModelConfig(name=name, engines=(group,), pool=ServedPoolConfig(max_queued=max_queued))
 
 
 @pytest.fixture(scope="module")

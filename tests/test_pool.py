@@ -205,16 +205,70 @@ async def test_a_list_is_let_in_as_a_whole(start_pool: StartPool) -> None:
 
 
 async def test_a_full_queue_refuses_a_list(start_pool: StartPool) -> None:
-    """Where not even one of many requests finds room, none is begun."""
+    """Where not even one of many requests finds room, none is begun; those that somebody waits for still are."""
     running = await start_pool(ONE_AT_A_TIME, config=PoolConfig(max_queued=1))
     streams = [running.pool.stream(ask("first", 5000))]
     await anext(streams[0])
-    streams.append(running.pool.stream(ask("waits")))
+    streams.append(running.pool.stream(ask("waits"), lane="batch"))
     with pytest.raises(PoolSaturatedError):
         await running.pool.generate_many([ask("a"), ask("b")])
     assert running.pool.statistics().num_waiting == 1
+    streams.append(running.pool.stream(ask("is not refused for the list")))
     for stream in streams:
         stream.abort()
+
+
+async def test_the_reserve_is_no_room_for_a_list(start_pool: StartPool) -> None:
+    """A list that waits because only the reserve is free is counted like any other that waits."""
+    config = PoolConfig(max_queued=1, interactive_reserve=0.5)
+    running = await start_pool(SimulatedConfig(capacity=2), config=config)
+    streams = [running.pool.stream(ask("first", 5000), lane="batch")]
+    await anext(streams[0])
+    streams.append(running.pool.stream(ask("waits"), lane="batch"))
+    with pytest.raises(PoolSaturatedError):
+        await running.pool.generate_many([ask("a"), ask("b")])
+    streams.append(running.pool.stream(ask("has room")))
+    await anext(streams[-1])
+    for stream in streams:
+        stream.abort()
+
+
+async def test_the_room_of_another_slot_is_none_for_a_session(start_pool: StartPool) -> None:
+    """A session's request that waits for its own slot is counted, however empty the others are."""
+    running = await start_pool(ONE_AT_A_TIME, ONE_AT_A_TIME, config=PoolConfig(max_queued=1))
+    streams = [running.pool.stream(ask("first", 5000), session_id="a")]
+    await anext(streams[0])
+    streams.append(running.pool.stream(ask("waits"), session_id="a"))
+    with pytest.raises(PoolSaturatedError):
+        running.pool.stream(ask("too many"), session_id="a")
+    streams.append(running.pool.stream(ask("has room"), session_id="b"))
+    await anext(streams[-1])
+    for stream in streams:
+        stream.abort()
+
+
+async def test_a_list_of_a_session_lets_others_pass(start_pool: StartPool) -> None:
+    """A turn does not wait for the list of another session, which has the same slot."""
+    running = await start_pool(ONE_AT_A_TIME)
+    for session in ("list", "chat"):
+        await running.pool.generate(ask("hello", 1), session_id=session)
+    rows = running.pool.as_completed([ask(f"row {row}", 10) for row in range(20)], session_id="list")
+    await anext(rows)
+    await running.pool.generate(ask("how are you", 1), session_id="chat")
+    assert running.pool.statistics().num_waiting > 10
+    await rows.aclose()
+
+
+async def test_room_that_is_for_neither_lane(start_pool: StartPool) -> None:
+    """Requests of both lanes that avoid the one slot with room wait for another, and the pool goes on meanwhile."""
+    running = await start_pool(ONE_AT_A_TIME, FAST)
+    first = running.pool.stream(ask("first", 5000), avoid=[1])
+    await anext(first)
+    waiting = [running.pool.stream(ask("waits", 3), lane=lane, avoid=[1]) for lane in ("interactive", "batch")]
+    assert (await running.pool.generate(ask("passes", 3))).receipt.slot == 1
+    first.abort()
+    for stream in waiting:
+        assert (await stream.completion()).receipt.slot == 0
 
 
 async def test_a_list_has_a_deadline(start_pool: StartPool) -> None:
@@ -233,6 +287,17 @@ async def test_aborting_a_stream_aborts_in_the_engine(start_pool: StartPool) -> 
     await until_idle(running)
     assert running.pool.statistics().num_running == 0
     assert running.pool.router.load(0) == 0
+
+
+@pytest.mark.parametrize("gap_s", [0, 0.0005, 0.002, 0.005])
+async def test_aborting_at_once_aborts_in_the_engine(start_pool: StartPool, gap_s: float) -> None:
+    """A request that is given up while it is on its way to its actor is not left in the engine."""
+    running = await start_pool(SimulatedConfig(capacity=1000, tokens_per_s=1))
+    for number in range(200):
+        stream = running.pool.stream(ask(str(number), 8000))
+        await asyncio.sleep(gap_s)
+        stream.abort()
+    await until_idle(running)
 
 
 @pytest.mark.parametrize("steps", range(8))

@@ -199,6 +199,10 @@ class _Work:
             else:
                 self.client.hold_back(self)
 
+    def leave(self, _task: asyncio.Task[None]) -> None:
+        """Be none of the client's any more: it has ended."""
+        del self.client.work[self.key]
+
 
 class EngineActor:
     """Hosts one engine.
@@ -255,6 +259,7 @@ class EngineActor:
                 work = _Work(client, key, stream=request.stream)
                 client.work[key] = work
                 work.task = asyncio.create_task(self._run(work, request))
+                work.task.add_done_callback(work.leave)  # one that is cancelled before it has begun ends nowhere else
 
     async def poll(self, client_id: str) -> bytes:
         """Return a `PollReply` for a client, as soon as there is something in it or a heartbeat is due.
@@ -351,7 +356,6 @@ class EngineActor:
         return client
 
     async def _run(self, work: _Work, request: Request) -> None:
-        client = work.client
         try:
             await self._engine.generate(request, work.emit)
             if not work.finished:
@@ -364,8 +368,6 @@ class EngineActor:
             # The border to code that is not ours: nothing may get past it and leave a request without an end.
             _log.exception("request %s met an error that its engine does not know", request.request_id)
             self._fail(work, EngineError(f"{type(error).__name__} in the engine: {error}"))
-        finally:
-            del client.work[work.key]
 
     def _fail(self, work: _Work, error: RaylmError) -> None:
         work.client.failures.append((work.key, to_message(error)))

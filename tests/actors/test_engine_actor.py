@@ -4,12 +4,14 @@ import asyncio
 import os
 import time
 
+import msgspec
 import pytest
 import ray
 
-from raylm.actors.engine_actor import _Client, _Work
+from raylm.actors.engine_actor import EngineActor, Submission, _Client, _Work
+from raylm.config import SimulatedConfig
 from raylm.engines.child import child_environment
-from raylm.messages import EngineStatistics
+from raylm.messages import EngineStatistics, Request
 
 
 def mailbox(num_requests: int) -> _Client:
@@ -36,6 +38,17 @@ async def test_a_token_after_a_silence_waits_for_nothing(num_requests: int) -> N
     await asyncio.sleep(0.04)
     with pytest.raises(StopIteration):
         client.rest().send(None)
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_a_request_that_is_cancelled_before_it_begins_is_forgotten() -> None:
+    """It leaves the mailbox, whose replies would wait for company that there is not."""
+    actor = EngineActor(SimulatedConfig().model_dump_json())
+    request = Request(request_id="1", prompt="hello")
+    await actor.submit("client", msgspec.msgpack.encode(Submission([1], [request])))
+    await actor.cancel("client", [1])
+    await asyncio.gather(*(work.task for work in actor._clients["client"].work.values()), return_exceptions=True)
+    assert actor._clients["client"].work == {}
 
 
 @pytest.mark.usefixtures("cluster")
