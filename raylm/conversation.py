@@ -87,7 +87,8 @@ class Conversations:
         Raises:
             SessionNotFoundError: `start` is False and there is no such session.
             SessionBusyError: another turn of it is running.
-            SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript.
+            SessionStoreError: the store cannot be reached. When that is at the end, the turn is not in the transcript,
+                and a session that was to end has not.
             RequestCancelledError: `cancel` was called before the pool had the request.
             RaylmError: whatever the generation raised.
 
@@ -116,7 +117,7 @@ class Conversations:
             raise
         finally:
             self._arrivals.remove(arrival)
-        appended = False
+        kept = False
         self._begin(session_id, turn_id)
         try:
             arrival.check()
@@ -129,16 +130,18 @@ class Conversations:
                 yield stream
                 if stream.done:
                     completion = await stream.completion()
-                    answer = Message("assistant", completion.text)
-                    slot = completion.receipt.slot
-                    await self._store.append(session_id, turn_id, [*messages, answer], slot)
-                    appended = True
+                    if end:
+                        router.unpin(session_id)
+                        await self._store.release(session_id, turn_id, end=True)
+                    else:
+                        answer = Message("assistant", completion.text)
+                        slot = completion.receipt.slot
+                        await self._store.append(session_id, turn_id, [*messages, answer], slot)
+                    kept = True
         finally:
             self._over(turn_id)
-            if not appended:
+            if not kept:
                 await self._give_back(session_id, turn_id)
-        if end:
-            await self.end(session_id)
 
     @asynccontextmanager
     async def pinned(

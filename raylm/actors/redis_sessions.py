@@ -101,10 +101,10 @@ return {'ok'}
 """
 
 _RELEASE = """
-local turn, ttl_ms = unpack(ARGV)
+local turn, ttl_ms, ends = unpack(ARGV)
 local found = redis.call('HMGET', KEYS[2], 'turn', 'size')
 if found[1] == turn then
-    if found[2] == '0' then
+    if ends == '1' or found[2] == '0' then
         forget(KEYS[2])
     else
         redis.call('HDEL', KEYS[2], 'turn', 'ends')
@@ -211,9 +211,9 @@ class RedisSessionStore:
         """See `SessionStore.renew`."""
         await self._run(_RENEW, tuple(turns.values()), self._ttl_ms, self._turn_ms, *turns)
 
-    async def release(self, session_id: str, turn_id: str) -> None:
+    async def release(self, session_id: str, turn_id: str, *, end: bool = False) -> None:
         """See `SessionStore.release`."""
-        await self._run(_RELEASE, (session_id,), turn_id, self._ttl_ms)
+        await self._run(_RELEASE, (session_id,), turn_id, self._ttl_ms, int(end))
 
     async def load(self, session_id: str) -> SessionState:
         """See `SessionStore.load`."""

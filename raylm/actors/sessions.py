@@ -96,10 +96,14 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def release(self, session_id: str, turn_id: str) -> None:
+    async def release(self, session_id: str, turn_id: str, *, end: bool = False) -> None:
         """Give up a turn, if it still holds the session.
 
-        A session that was begun by it is forgotten: its first message has not been answered.
+        Args:
+            session_id: The session.
+            turn_id: The turn.
+            end: Forget the session with it. One that was begun by this turn is forgotten in any case: its first message
+                has not been answered.
         """
         ...
 
@@ -246,9 +250,9 @@ class ActorSessionStore:
         await self._ask(lambda life: self._actor.renew.remote(life, turns))
         self._held.renew(turns)
 
-    async def release(self, session_id: str, turn_id: str) -> None:
+    async def release(self, session_id: str, turn_id: str, *, end: bool = False) -> None:
         """See `SessionStore.release`."""
-        record = await self._ask(lambda life: self._actor.release.remote(life, session_id, turn_id))
+        record = await self._ask(lambda life: self._actor.release.remote(life, session_id, turn_id, end=end))
         if record is not None:
             self._hold(record)
 
@@ -394,10 +398,10 @@ class SessionActor:
         await self._open(life)
         self._store.renew(turns)
 
-    async def release(self, life: str, session_id: str, turn_id: str) -> SessionRecord | None:
+    async def release(self, life: str, session_id: str, turn_id: str, *, end: bool) -> SessionRecord | None:
         """See `SessionStore.release`."""
         await self._open(life)
-        return self._store.release(session_id, turn_id)
+        return self._store.release(session_id, turn_id, end=end)
 
     async def load(self, life: str, session_id: str) -> SessionRecord:
         """See `SessionStore.load`."""
@@ -507,13 +511,13 @@ class MemorySessionStore:
                 session.used_at = now
                 self._sessions.move_to_end(session_id)
 
-    def release(self, session_id: str, turn_id: str) -> SessionRecord | None:
+    def release(self, session_id: str, turn_id: str, *, end: bool = False) -> SessionRecord | None:
         """See `SessionStore.release`. Returns None when the turn does not hold the session."""
         self._expire()
         session = self._sessions.get(session_id)
         if session is None or session.turn_id != turn_id:
             return None
-        if not session.messages:
+        if end or not session.messages:
             return self._bury(session_id)
         session.turn_id = None
         return self._touch(session_id, session)

@@ -47,8 +47,8 @@ class PlainSessionStore:
     async def renew(self, turns: Mapping[str, str]) -> None:
         self._store.renew(turns)
 
-    async def release(self, session_id: str, turn_id: str) -> None:
-        self._store.release(session_id, turn_id)
+    async def release(self, session_id: str, turn_id: str, *, end: bool = False) -> None:
+        self._store.release(session_id, turn_id, end=end)
 
     async def load(self, session_id: str) -> SessionState:
         return self._store.load(session_id).state

@@ -196,6 +196,20 @@ async def test_a_failed_later_turn_leaves_the_transcript(make_sessions: MakeSess
     assert await talk(store, "s", "two") == ["one"]
 
 
+async def test_the_last_turn_ends_its_session_and_no_other(make_sessions: MakeSessions) -> None:
+    """A turn that is released for good takes the session with it, once, and none that was begun since."""
+    store, _ = await make_sessions()
+    await talk(store, "s", "one", start=True)
+    await store.claim("s", 0, "b", start=False)
+    await store.release("s", "b", end=True)
+    with pytest.raises(SessionNotFoundError):
+        await store.load("s")
+    await store.claim("s", 0, "c", start=True)
+    await store.release("s", "b", end=True)
+    await store.append("s", "c", HI, 0)
+    assert (await store.load("s")).messages == tuple(HI)
+
+
 async def test_another_turn_is_not_released(make_sessions: MakeSessions) -> None:
     """A turn releases only what it holds itself, be the session there or not."""
     store, _ = await make_sessions()
@@ -462,9 +476,9 @@ class Operations(RuleBasedStateMachine):
     def renew(self, turns: dict[str, str]) -> None:
         self.run(lambda store: store.renew(turns))
 
-    @rule(session=SESSIONS, turn=TURNS)
-    def release(self, session: str, turn: str) -> None:
-        self.run(lambda store: store.release(session, turn))
+    @rule(session=SESSIONS, turn=TURNS, end=st.booleans())
+    def release(self, session: str, turn: str, end: bool) -> None:
+        self.run(lambda store: store.release(session, turn, end=end))
 
     @rule(session=SESSIONS)
     def load(self, session: str) -> None:
@@ -550,8 +564,8 @@ class HeldByPools(PlainSessionStore):
         for pool in self.pools:  # each turn's own one among them
             pool.renew(turns)
 
-    async def release(self, session_id: str, turn_id: str) -> None:
-        if (record := self._store.release(session_id, turn_id)) is not None:
+    async def release(self, session_id: str, turn_id: str, *, end: bool = False) -> None:
+        if (record := self._store.release(session_id, turn_id, end=end)) is not None:
             self.hold(record)
 
     async def end(self, session_id: str) -> None:
@@ -634,9 +648,9 @@ class LimitsMachine(RuleBasedStateMachine):
         assert (session, turn) in self.held
         self.check_limits()
 
-    @rule(session=sessions, turn=turns)
-    def release(self, session: str, turn: str) -> None:
-        self.store.release(session, turn)
+    @rule(session=sessions, turn=turns, end=st.booleans())
+    def release(self, session: str, turn: str, end: bool) -> None:
+        self.store.release(session, turn, end=end)
 
     @rule(session=sessions)
     def end(self, session: str) -> None:
