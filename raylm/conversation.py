@@ -14,12 +14,15 @@ from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
-from raylm.actors.sessions import SessionState, SessionStore
+from raylm.actors.sessions import SessionState, SessionStore, count_sessions
 from raylm.errors import RaylmError, RequestCancelledError, SessionError, SessionNotFoundError, SessionStoreError
 from raylm.messages import Completion, Lane, Message, Request, is_part
 from raylm.pool import Pool
 from raylm.stream import Stream
 from raylm.tasks import Tasks
+
+_KNOWN_PIN_TIMEOUT_S = 0.5
+"""How long the store has to confirm what this pool knows already: where a session is that is a name alone."""
 
 _log = logging.getLogger(__name__)
 
@@ -214,12 +217,13 @@ class Conversations:
         arrival = _Arrival(*request_ids)
         router = self._pool.router
         candidate = router.pinned(session_id)
+        timeout_s = None if candidate is None else _KNOWN_PIN_TIMEOUT_S
         if candidate is None:
             candidate = router.candidate()
             router.pin(session_id, candidate)
         self._arrivals.add(arrival)
         try:
-            slot = await self._pin(session_id, candidate)
+            slot = await self._pin(session_id, candidate, timeout_s=timeout_s)
         finally:
             self._arrivals.remove(arrival)
         router.pin(session_id, slot)
@@ -229,19 +233,21 @@ class Conversations:
     async def _follow(self, session_id: str, slot: int, answered: int) -> None:
         """Pin such a session to the slot that answered, where it had to leave its own."""
         if answered != slot:
-            self._pool.router.pin(session_id, await self._pin(session_id, answered, moved_from=slot))
+            pinned = await self._pin(session_id, answered, moved_from=slot, timeout_s=_KNOWN_PIN_TIMEOUT_S)
+            self._pool.router.pin(session_id, pinned)
 
-    async def _pin(self, session_id: str, slot: int, *, moved_from: int | None = None) -> int:
+    async def _pin(self, session_id: str, slot: int, *, moved_from: int | None = None, timeout_s: float | None) -> int:
         try:
-            return await self._store.pin(session_id, slot, moved_from=moved_from)
-        except SessionStoreError as error:
+            async with asyncio.timeout(timeout_s):
+                return await self._store.pin(session_id, slot, moved_from=moved_from)
+        except (TimeoutError, SessionStoreError) as error:
             # A cache is lost at worst, which is no reason to refuse the request.
-            _log.warning("session %s is pinned by this pool alone: %s", session_id, error)
+            _log.warning("session %s is pinned by this pool alone: %s", session_id, error or "the store is silent")
             return slot
 
-    async def num_sessions(self) -> int:
-        """Return how many sessions are remembered."""
-        return await self._store.num_sessions()
+    async def num_sessions(self) -> int | None:
+        """Return how many sessions are remembered; None where their store does not say."""
+        return await count_sessions(self._store)
 
     async def end(self, session_id: str) -> None:
         """Forget a session.

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from raylm.actors.manager import NAMESPACE, SERVED_PLACEMENT_TIMEOUT_S, named_actors
 from raylm.actors.manager_actor import end, find, served_models, told
-from raylm.actors.sessions import connect_store
+from raylm.actors.sessions import connect_store, count_sessions
 from raylm.config import ModelConfig
 from raylm.errors import EngineStartError, ModelNotFoundError, NoActorError, PlacementError, RaylmError, first_line
 from raylm.statistics import ModelState, SlotStatistics
@@ -64,7 +64,7 @@ async def _num_sessions(model: ModelConfig, manager: Any) -> int | None:
         return None  # whoever looks after a model need not know it
     store = connect_store(model.sessions, await told(manager.sessions.remote()), f"raylm:{model.name}:")
     try:
-        return await store.num_sessions()
+        return await count_sessions(store)
     finally:
         await store.aclose()
 

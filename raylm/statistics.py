@@ -150,7 +150,8 @@ class ModelState(msgspec.Struct, kw_only=True):
         name: The model's.
         problem: Why nothing else is known of it; empty when it is.
         num_clients: Pools that use it now.
-        num_sessions: Sessions that its store remembers; None where this process has not the store's password.
+        num_sessions: Sessions that its store remembers; None where this process has not the store's password, or
+            the store does not say.
         num_wanted: Slots that there should be.
         outdated: Those whose actors are not wanted, or no longer; each until its actor has ended.
         num_waiting: As in `PoolStatistics`, and so are the others of these names.

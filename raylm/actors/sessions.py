@@ -17,6 +17,7 @@ keeps the sessions in memory. When that actor dies, Ray starts another, which kn
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections import OrderedDict
@@ -32,6 +33,8 @@ from raylm.config import SessionConfig
 from raylm.errors import RaylmError, SessionBusyError, SessionNotFoundError, SessionStoreError
 from raylm.messages import Message
 
+_log = logging.getLogger(__name__)
+
 RECOVERY_S = 3.0
 """How long pools have to register with a store that was restarted. They notice its death before it is back."""
 
@@ -43,6 +46,9 @@ _BACK_OFF_S = 0.1
 
 _WATCH_S = 30.0
 """How long a watch may go on after its pool is gone."""
+
+_COUNT_TIMEOUT_S = 1.0
+"""How long a store has to say how many sessions it has: who asks wants to know of everything else as well."""
 
 _CHUNK_BYTES = 4 << 20
 """How much a pool registers in one call, or a little more."""
@@ -187,6 +193,16 @@ def connect_store(config: SessionConfig, actor: Any | None, prefix: str) -> Sess
 
         return RedisSessionStore(config.url, config, prefix)
     return ActorSessionStore(actor, config)
+
+
+async def count_sessions(store: SessionStore) -> int | None:
+    """Return how many sessions a store remembers; None where it does not say within a second, and the log says why."""
+    try:
+        async with asyncio.timeout(_COUNT_TIMEOUT_S):
+            return await store.num_sessions()
+    except (TimeoutError, SessionStoreError) as error:
+        _log.warning("sessions are not counted: %s", str(error) or f"no answer within {_COUNT_TIMEOUT_S:g} s")
+        return None
 
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -134,12 +134,14 @@ async def test_session_store_is_killed(chaos: Chaos) -> None:
 
 
 async def test_redis_is_killed(chaos: Chaos) -> None:
-    """While the sessions' database is away a turn is refused; when it is back it has every word."""
+    """While the sessions' database is away a turn is refused, and no more; when it is back it has every word."""
     crowd = await chaos.crowd(model="kept")
     began = time.monotonic()
     chaos.redis.kill()
     try:
         refused = await crowd.conversations[-1].turn("is there a database?").run(chaos.http)
+        assert (await chaos.state("kept"))["num_sessions"] is None
+        assert (await chaos.state("sim"))["num_sessions"] is not None
     finally:
         await asyncio.to_thread(chaos.redis.start)
     away_s = time.monotonic() - began

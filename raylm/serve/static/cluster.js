@@ -156,7 +156,7 @@ class ModelView {
     this.#rates.add(at, model.slots);
     setText(this.#total, this.#rates.total().toFixed(1));
     for (const [field, value] of this.#counts) {
-      setText(value, format.format(model[field]));
+      setText(value, model[field] === null ? "?" : format.format(model[field]));
       value.parentElement.classList.toggle("zero", model[field] === 0);
     }
     const numbers = model.slots.map(({ slot }) => slot);
