@@ -166,7 +166,15 @@ class Stream:
 
     @property
     def attempt(self) -> dict[str, str]:
-        """How it goes at present: `slot`, `actor`, `why`, `queue_ms` and `attempts`; empty while it waits."""
+        """How it goes, or went: `slot`, `actor`, `why`, `queue_ms` and `attempts`; empty while it waits."""
+        if (receipt := self._receipt) is not None:
+            return {
+                "slot": str(receipt.slot),
+                "actor": receipt.actor,
+                "why": receipt.why,
+                "queue-ms": f"{receipt.queue_ms:.3f}",
+                "attempts": str(receipt.attempts),
+            }
         link, reservation = self._link, self._reservation
         if link is None or link.info is None or reservation is None:
             return {}

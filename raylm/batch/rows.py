@@ -327,7 +327,7 @@ def _parse_openai(line: dict[str, Any], form: OpenAIForm) -> tuple[dict[str, Any
         is_text = isinstance(prompts[0], str)
         fields = {"prompt" if is_text else "prompt_token_ids": prompts[0]}
         echoed = prompts[0] if body.echo and isinstance(prompts[0], str) else None
-        form = OpenAIForm("text", form.model, echoed, body.logprobs is not None, body.echo)
+        form = OpenAIForm("text", form.model, echoed, body.logprobs is not None, bool(body.echo))
     else:
         raise InvalidRequestError(f"url: expected /v1/chat/completions or /v1/completions, got {line['url']!r}")
     for name in ("stream", "session_id", "sequence_start", "sequence_end", "stream_options"):

@@ -594,6 +594,11 @@ def _check(request: Request) -> None:
                 f"unknown role {message.role!r}; the model's own chat template knows {', '.join(_ROLES)}, and a "
                 "meta_template can define others"
             )
+        if message.name is not None:
+            raise InvalidRequestError(
+                f"messages: the model's own chat template takes no name, and one has {message.name!r}; leave it out, "
+                "or write it into the content"
+            )
 
 
 def _copy(error: EngineError) -> EngineError:

@@ -157,7 +157,11 @@ class Gateway:
 
     async def models(self) -> Response:
         """List the models that are served."""
-        return JSON(ModelList([ModelCard(each.config.name, each.pool.max_context) for each in self._still_served]))
+        return JSON(ModelList([_card(each) for each in self._still_served]))
+
+    async def model(self, model_id: SessionPath) -> Response:
+        """Return one of them."""
+        return JSON(_card(self._find(model_id)))
 
     async def chat_completions(self, body: ChatCompletionBody, http: HTTPRequest) -> Response:
         """Answer a conversation."""
@@ -183,11 +187,11 @@ class Gateway:
                 start=bool(body.sequence_start),
                 end=bool(body.sequence_end),
             )
-            return await self._respond([turn], wire, stream=body.stream)
+            return await self._respond([turn], wire, stream=bool(body.stream))
         requests = [
             _chat_request(served, name, messages, choice) for name, choice in _choices(request_id, config, body.n)
         ]
-        return await self._respond(self._all(served, requests, session_id), wire, stream=body.stream)
+        return await self._respond(self._all(served, requests, session_id), wire, stream=bool(body.stream))
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
         """Continue raw prompts."""
@@ -203,7 +207,7 @@ class Gateway:
             [prompt if isinstance(prompt, str) else None for prompt in prompts for _ in range(body.n or 1)],
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
             logprobs=body.logprobs is not None,
-            echo=body.echo,
+            echo=bool(body.echo),
         )
         if body.is_turn:
             _only_one_choice(body.n)
@@ -219,13 +223,13 @@ class Gateway:
                 start=bool(body.sequence_start),
                 end=bool(body.sequence_end),
             )
-            return await self._respond([turn], wire, stream=body.stream)
+            return await self._respond([turn], wire, stream=bool(body.stream))
         requests = [
             _raw_request(name if len(prompts) == 1 else f"{name}/{index}", prompt, choice)
             for index, prompt in enumerate(prompts)
             for name, choice in _choices(request_id, config, body.n)
         ]
-        return await self._respond(self._all(served, requests, session_id), wire, stream=body.stream)
+        return await self._respond(self._all(served, requests, session_id), wire, stream=bool(body.stream))
 
     # The seed's routes
 
@@ -521,6 +525,7 @@ def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
         ("POST", "/v1/chat/completions", gateway.chat_completions, "OpenAI"),
         ("POST", "/v1/completions", gateway.completions, "OpenAI"),
         ("GET", "/v1/models", gateway.models, "OpenAI"),
+        ("GET", "/v1/models/{model_id:path}", gateway.model, "OpenAI"),
         ("GET", "/v1/files", batches.list_files, "files and batches"),
         ("GET", "/v1/files/{file_id}", batches.show_file, "files and batches"),
         ("DELETE", "/v1/files/{file_id}", batches.delete_file, "files and batches"),
@@ -566,7 +571,11 @@ def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
     app.add_middleware(Door, config=config.gateway, batches=config.batches)
     if config.gateway.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(config.gateway.cors_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(config.gateway.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
         )
     return app
 
@@ -654,6 +663,10 @@ def _raw_text(transcript: Sequence[Message]) -> str:
     if any(message.role not in (RAW_ROLE, "assistant") for message in transcript):
         raise InvalidRequestError("session_id: that session is a conversation; go on with a chat route")
     return "".join(message.content for message in transcript)
+
+
+def _card(served: ServedPool) -> ModelCard:
+    return ModelCard(served.config.name, served.pool.max_context)
 
 
 def _shown(completion: Completion) -> Generated:

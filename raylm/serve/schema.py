@@ -82,8 +82,8 @@ class StreamOptions(_Body):
 class _OpenAI(_Session):
     """What both of OpenAI's routes take."""
 
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
@@ -106,6 +106,8 @@ class _OpenAI(_Session):
         return self.sequence_start is not None or self.sequence_end is not None
 
     def _parameters(self) -> dict[str, Any]:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: needs stream to be true")
         # OpenAI's defaults where nothing is said; raylm's own are those of the seed's classes.
         given = {
             "temperature": self.temperature,
@@ -225,7 +227,7 @@ class CompletionBody(_OpenAI):
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=_TOP_LOGPROBS)] | None = None
-    echo: bool = False
+    echo: bool | None = False
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only the same as n.")
 
     def to_prompts(self) -> list[str | tuple[int, ...]]:
@@ -258,7 +260,7 @@ class CompletionBody(_OpenAI):
                 "max_new_tokens": 16 if self.max_tokens is None else self.max_tokens,  # 16: OpenAI's default
                 "logprobs": self.logprobs is not None,
                 "top_logprobs": self.logprobs or 0,
-                "echo": self.echo,
+                "echo": bool(self.echo),
             }
         )
 
@@ -773,7 +775,7 @@ class ChatWire(_OpenAIWire):
         super().__init__(answer_id, model, include_usage=include_usage)
         self._logprobs = logprobs
         # A chunk with text is the hot path: all of it but index and text is the same each time.
-        head = event(self._chunk([{"index": 0}])).partition(b"0}]}")[0]
+        head = event(self._chunk([{"index": 0}])).rpartition(b"0}]}")[0]
         self._head = head
 
     def begin(self, index: int) -> bytes:
@@ -843,7 +845,7 @@ class CompletionWire(_OpenAIWire):
         self._logprobs = logprobs
         self._echo = echo
         self._offsets = [0] * len(prompts)  # characters of each choice that were sent
-        self._head = event(self._chunk([{"index": 0}])).partition(b"0}]}")[0]
+        self._head = event(self._chunk([{"index": 0}])).rpartition(b"0}]}")[0]
 
     def begin(self, index: int) -> bytes:  # noqa: ARG002 - chat has something to say here
         """Return nothing."""

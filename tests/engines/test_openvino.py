@@ -104,12 +104,13 @@ async def test_continuation_of_another_models_tokens(engine: OpenVINOEngine) -> 
     ("request_", "named"),
     [
         (make_request((Message("user", "Hi"), Message("environment", "x"))), "environment"),
+        (make_request((Message("user", "Hi", "Bob"),)), "Bob"),
         (make_request("a lone surrogate: \ud800"), "Unicode"),
         (Request(request_id="neither"), "empty"),
         (make_request((504, 10**6)), "prompt_token_ids: 1000000 is no token"),
         (make_request((504, -1)), "prompt_token_ids: -1 is no token"),
     ],
-    ids=["role", "unicode", "neither", "large-id", "negative-id"],
+    ids=["role", "name", "unicode", "neither", "large-id", "negative-id"],
 )
 async def test_invalid_requests(engine: OpenVINOEngine, request_: Request, named: str) -> None:
     """What the library would pass over in silence, or choke on, is an error that names it."""

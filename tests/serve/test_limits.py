@@ -187,6 +187,7 @@ def test_pages_of_others(simulated_endpoint: ServeCommand, strict_endpoint: Serv
         (b'{"prompt": "a", "best_of": 3}', "best_of"),
         (b'{"prompt": "a", "nonsense": 1}', "nonsense"),
         (b'{"prompt": "a", "stream_options": {"nonsense": 1}}', "stream_options"),
+        (b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream_options"),
         (b'{"prompt": "a", "request_id": "a\\r\\nx-evil: 1"}', "request_id"),
         (b'{"prompt": "a", "request_id": "\\u20ac"}', "request_id"),
         (b'{"prompt": "a", "session_id": ""}', "session_id"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -85,6 +86,35 @@ def test_stream_without_usage(client: openai.OpenAI) -> None:
     """No chunk lacks a choice where usage was not asked for."""
     stream = client.chat.completions.create(model="sim", messages=HELLO, max_tokens=2, stream=True)
     assert all(chunk.choices for chunk in stream)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8])
+def test_headers_of_a_stream(client: openai.OpenAI, max_tokens: int) -> None:
+    """They say who answers, also where the first event has all of the answer in it."""
+    response = client.chat.completions.with_raw_response.create(
+        model="sim", messages=HELLO, max_tokens=max_tokens, stream=True
+    )
+    for name in ("slot", "actor", "why", "queue-ms", "attempts"):
+        assert response.headers[f"x-raylm-{name}"]
+    assert list(response.parse())
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_any_request_id_in_a_stream(simulated_endpoint: ServeCommand, route: str) -> None:
+    """Whatever a request's id looks like, each event is JSON."""
+    asked = {"prompt": "hi"} if route == "/v1/completions" else {"messages": HELLO}
+    body = {**asked, "model": "sim", "max_tokens": 2, "stream": True, "request_id": '0}]}"0}]}'}
+    events = simulated_endpoint.post(route, body).text.strip().split("\n\n")
+    assert len({json.loads(event.removeprefix("data: "))["id"] for event in events[:-1]}) == 1
+
+
+def test_null_is_as_nothing_said(client: openai.OpenAI) -> None:
+    """Fields that OpenAI's API has as nullable may be null."""
+    nothing: Any = None
+    text = client.completions.create(model="sim", prompt="one two", max_tokens=2, stream=nothing, echo=nothing)
+    chat = client.chat.completions.create(model="sim", messages=HELLO, max_tokens=2, stream=nothing, n=nothing)
+    assert text.choices[0].text
+    assert chat.choices[0].message.content
 
 
 async def test_async(async_client: openai.AsyncOpenAI) -> None:
@@ -247,6 +277,9 @@ def test_echo_and_more(client: openai.OpenAI, stream: bool) -> None:
 def test_models(client: openai.OpenAI, real_endpoint: ServeCommand) -> None:
     """The models that are served are listed, with the length of their context."""
     assert [(model.id, (model.model_extra or {})["max_model_len"]) for model in client.models.list()] == [("sim", 8192)]
+    assert client.models.retrieve("sim").id == "sim"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/another")
     with openai.OpenAI(base_url=f"{real_endpoint.url}/v1", api_key="none") as real:
         assert [model.id for model in real.models.list()] == ["smollm2-135m-instruct"]
 
