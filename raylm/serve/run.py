@@ -44,7 +44,10 @@ _KEY = "gateways"
 """Of what the gateways that run have been told, in Ray's key-value store."""
 
 _OWNER = "serve"
-"""Of which Serve a `raylm serve` has started, and which one: it ends it, or the next one does."""
+"""Of the `raylm serve` that serves: which Serve has its gateways, its job, and 1 where it has started that Serve.
+
+What it has started it ends, or the next one does. Gateways without such a record last: `raylm up` has started them.
+"""
 
 _PORT_RELEASE_S = 30.0
 
@@ -202,8 +205,9 @@ class Endpoint:
             self._host, self._port = _listens_at()
         if update:
             forget(_OWNER)  # from now on it lasts
-        elif self._owns_serve:
-            remember(_OWNER, f"{_controller()} {ray.get_runtime_context().get_job_id()}".encode())
+        else:
+            job = ray.get_runtime_context().get_job_id()
+            remember(_OWNER, f"{_controller()} {job} {int(self._owns_serve)}".encode())
         if not update:
             asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
@@ -239,22 +243,37 @@ class Endpoint:
         _log.warning("nothing answers at %s from this machine, though the gateways run", self.url)
 
     def _end_orphan(self) -> None:
-        """End the Serve of a command that was killed, with its ports, unless others have come to use it.
+        """End the gateways of a command that was killed, and its Serve with its ports, unless others use that too.
 
         Raises:
-            ClusterBusyError: that command is still there.
+            ClusterBusyError: that command is still there, or gateways that last are.
         """
         import ray
+        from ray import serve
 
         from raylm.actors.cluster import RELEASE_S, program, remembered
 
-        owned, _, owner = (remembered(_OWNER) or b"").decode().partition(" ")
-        if not owner or not serve_runs() or owned != _controller() or owner == ray.get_runtime_context().get_job_id():
+        if not serve_runs():
             return
-        if other := program(owner, timeout_s=RELEASE_S):
+        serves = APP in serve.status().applications
+        *owner, owns_serve = (remembered(_OWNER) or b"- - -").decode().split()
+        if owner[0] != _controller():
+            if serves:
+                raise ClusterBusyError(
+                    "this cluster serves already what `raylm up` or `serve deploy` has started; change that by `raylm "
+                    "up`, or end it by `raylm down`"
+                )
+            return
+        if owner[1] == ray.get_runtime_context().get_job_id():
+            return
+        if other := program(owner[1], timeout_s=RELEASE_S):
             raise ClusterBusyError(
                 f"{other} serves on this cluster already; end it, or change what it serves by raylm up"
             )
+        if owns_serve == "0":
+            if serves:
+                serve.delete(APP)
+            return
         end_serve()
         deadline = time.monotonic() + _PORT_RELEASE_S
         while not serve_runs() and refusal(self._host, self._port) and time.monotonic() < deadline:
@@ -304,6 +323,7 @@ class Endpoint:
         import ray
         from ray import serve
 
+        from raylm.actors.cluster import forget
         from raylm.actors.manager_actor import end
         from raylm.serve.batches.actor import end as end_batches
 
@@ -321,6 +341,7 @@ class Endpoint:
                     end_serve()
                 else:
                     serve.delete(APP)  # where Ray is about to end, this does all that Serve's end would
+                forget(_OWNER)
             asyncio.run(end_all())
         if self._connected:
             ray.shutdown()

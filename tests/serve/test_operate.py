@@ -41,6 +41,13 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 _SERVE_FILE = Path(__file__).parents[2] / "cluster" / "serve.yaml"
 
+_OTHERS = """import sys, ray
+from ray import serve
+ray.init(sys.argv[1], log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+"""
+"""Somebody's own Serve, which lasts."""
+
 _TIMEOUT_S = 120.0
 
 wait = partial(wait_for, timeout_s=_TIMEOUT_S)
@@ -467,15 +474,30 @@ def test_serve_after_one_that_was_killed(proxy: str, same_port: bool) -> None:
 
 
 def test_serve_beside_others(cluster: Cluster) -> None:
-    """`raylm serve` refuses to take the place of a living one. Where `up` has had Serve listen, it says so."""
+    """`raylm serve` takes no place of a living one, or of what lasts. Where others have Serve listen, it says where."""
     with cluster.serve(cluster.port) as (first, _), cluster.serve(free_port()) as (second, said):
         assert second.wait(_TIMEOUT_S) == 3
         assert re.search(rf"process {first.pid} on \S+ serves on this cluster already", said)
         assert cluster.generate("still there")["text"] != ""
     cluster.up(ENGINE)
-    with cluster.serve(free_port()) as (_, said):
-        assert f"at http://127.0.0.1:{cluster.port} " in said
-        assert cluster.generate("hello")["text"] != ""
+    with cluster.serve(free_port()) as (refused, said):
+        assert refused.wait(_TIMEOUT_S) == 3
+        assert "`raylm up`" in said
+        assert cluster.generate("still there")["text"] != ""
+    cluster.told("down")
+    subprocess.run(
+        [sys.executable, "-c", _OTHERS, cluster.address, str(cluster.port)],
+        check=True,
+        capture_output=True,
+        timeout=_TIMEOUT_S,
+        env=cluster.environment,
+    )
+    for number in (signal.SIGKILL, signal.SIGINT):
+        with cluster.serve(free_port()) as (process, said):
+            assert f"at http://127.0.0.1:{cluster.port} " in said
+            assert cluster.generate("hello")["text"] != ""
+            process.send_signal(number)
+            process.wait(_TIMEOUT_S)
     assert holder(cluster.port) != ""  # Serve was there before
 
 
