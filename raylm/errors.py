@@ -110,7 +110,7 @@ class AuthenticationError(RaylmError):
 
 
 class ForeignPageError(RaylmError):
-    """A browser says that a page of another site sent the request."""
+    """A page of another site has sent the request, as a browser says, or may have, as the host it was sent to says."""
 
     status_code = 403
 

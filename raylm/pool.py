@@ -518,7 +518,7 @@ class Pool:
                     f"slot {link.number} has not answered within {timeout_s:g} s; try again, and another is asked"
                 ) from None
             return token_ids
-        raise NoActorError("no slot of the pool is up; wait until an engine has started, and try again")
+        raise NoActorError("no slot of the pool is up; any request has one start, or waits for it: then try again")
 
     # What the pool says of itself
 

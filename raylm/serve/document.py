@@ -64,7 +64,7 @@ _GENERATING = (
 _MEANINGS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
-    403: "A page of another site sent the request.",
+    403: "A page of another site sent the request, or may have.",
     404: "No such model, session, file, batch or address.",
     408: "The client fell silent in the middle of the request.",
     409: "Another turn of the session is running; or the batch has ended, or a batch needs the file.",
@@ -124,17 +124,16 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         known.pop(unused, None)
     for methods in document["paths"].values():
-        for method, operation in methods.items():
-            operation["responses"] = _responses(operation["operationId"], method)
+        for operation in methods.values():
+            operation["responses"] = _responses(operation["operationId"])
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"key": []}]  # where no keys are configured, and where some are
     return document
 
 
-def _responses(name: str, method: str) -> dict[str, Any]:
+def _responses(name: str) -> dict[str, Any]:
     answers, errors = _ANSWERS[name]
-    if method == "post":
-        errors = (*errors, ForeignPageError)
+    errors = (*errors, ForeignPageError)
     good = {200: answers, **_SECOND_ANSWERS.get(name, {})}
     responses = {
         str(status): {

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -37,6 +39,9 @@ from raylm.serve.schema import BUG, FILES_PATH, error_body
 
 _OPEN_PATHS = ("/", "/docs", "/health")
 """Served without a key, and so is what the pages need."""
+
+_LEAST_BYTES_PER_S = 1000
+"""A body that comes more slowly, after `body_timeout_s` of patience, is taken for one that is meant to hold us up."""
 
 _FORM_BYTES = 2**16
 """What a form may have beside its file."""
@@ -105,12 +110,18 @@ class Door:
         app: What is behind it.
         config: Limits and keys.
         batches: The limit of files that are uploaded.
+        local: It is for this machine alone.
     """
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig, batches: BatchesConfig | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, config: GatewayConfig, batches: BatchesConfig | None = None, *, local: bool = False
+    ) -> None:
         self._app = app
         self._keys = Keys(config)
         self._origins = frozenset(config.cors_origins)
+        # Without keys, its address is what keeps others out.
+        self._checks_host = local and not self._keys.needed and "*" not in self._origins
+        self._hosts = {origin.partition("://")[2].lower() for origin in self._origins}
         self._max_body_bytes = config.max_body_bytes
         self._body_timeout_s = config.body_timeout_s
         self._max_form_bytes = config.max_body_bytes if batches is None else batches.max_file_bytes + _FORM_BYTES
@@ -167,6 +178,11 @@ class Door:
             raise ForeignPageError(
                 "a page of another site may not send this; put its origin into the gateway's cors_origins if it may"
             )
+        if self._checks_host and not self._is_own_host(found.get(b"host", [b""])[0].decode("latin-1").lower()):
+            raise ForeignPageError(
+                "this endpoint is for its own machine alone, at its address or localhost: another name that leads here "
+                "may be a foreign site's. Set API keys, or put that name's origin into the gateway's cors_origins"
+            )
         length = found.get(b"content-length", [b"0"])[0]
         if not length.isdigit():
             raise InvalidRequestError("content-length: not a number")
@@ -188,6 +204,20 @@ class Door:
         if not session_id or len(session_id) > 200:
             raise InvalidRequestError("x-session-id: 1 to 200 characters")
         return session_id
+
+    def _is_own_host(self, host: str) -> bool:
+        """Return whether no other site can have this host: its pages would be taken for the endpoint's own.
+
+        A site can have any name of its own lead to 127.0.0.1 ("DNS rebinding"), but it has no numbers, nor localhost.
+        """
+        name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+        if not name or name == "localhost" or name.endswith(".localhost") or host in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return False
+        return True
 
     def _is_foreign(self, headers: dict[bytes, list[bytes]]) -> bool:
         """Return whether a browser would let a page of any site send this POST without asking for leave first.
@@ -216,7 +246,7 @@ class _Visit:
         self._send = send
         self._receive = receive
         self._bytes_left = max_body_bytes
-        self._body_timeout_s = body_timeout_s
+        self._body_timeout_s = self._patience_s = body_timeout_s
         self._body_ended = False
         self._about = about
 
@@ -237,16 +267,23 @@ class _Visit:
         """Pass a part of the body on, as long as it comes and is not too long."""
         if self._body_ended:
             return await self._receive()  # only returns when the client leaves
+        asked_at = time.perf_counter()
         try:
-            async with asyncio.timeout(self._body_timeout_s):
+            async with asyncio.timeout(self._patience_s):
                 message = await self._receive()
         except TimeoutError:
             # What may still come belongs to this request, so the connection is of no more use.
             raise HTTPException(
-                408, f"no more of the body has come for {self._body_timeout_s:g} s", {"connection": "close"}
+                408,
+                f"no more of the body has come for {self._body_timeout_s:g} s, or less than {_LEAST_BYTES_PER_S} bytes "
+                "a second",
+                {"connection": "close"},
             ) from None
+        num_bytes = len(message.get("body", b""))
+        left_s = self._patience_s - (time.perf_counter() - asked_at) + num_bytes / _LEAST_BYTES_PER_S
+        self._patience_s = min(self._body_timeout_s, left_s)
         self._body_ended = not message.get("more_body", False)
-        self._bytes_left -= len(message.get("body", b""))
+        self._bytes_left -= num_bytes
         if self._bytes_left < 0:
             raise HTTPException(413, "the body is too long")
         return message

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -43,6 +44,7 @@ from raylm.messages import RAW_ROLE, Completion, GenerationConfig, Lane, Message
 from raylm.serve.batches.routes import FORM, Batches
 from raylm.serve.document import describe
 from raylm.serve.door import Door, facts, note
+from raylm.serve.haproxy import LOOPBACK
 from raylm.serve.metrics import CONTENT_TYPE, render
 from raylm.serve.schema import (
     MAX_INT,
@@ -568,7 +570,7 @@ def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign] # FastAPI's way of having one's own
-    app.add_middleware(Door, config=config.gateway, batches=config.batches)
+    app.add_middleware(Door, config=config.gateway, batches=config.batches, local=LOOPBACK in os.environ)
     if config.gateway.cors_origins:
         app.add_middleware(
             CORSMiddleware,

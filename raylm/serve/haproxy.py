@@ -20,7 +20,7 @@ from pathlib import Path
 from raylm.parent import end_with_parent
 
 LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
-"""Environment variable that is set where the gateways listen on the loopback interface."""
+"""Environment variable that is set where the endpoint listens on the loopback interface alone."""
 
 _OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*?:", re.MULTILINE)
 

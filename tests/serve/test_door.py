@@ -6,14 +6,23 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from raylm.config import BatchesConfig, GatewayConfig
 from raylm.serve.door import Door
 
 
 def status_of(
-    method: str, path: str, headers: dict[str, str], config: GatewayConfig | None = None, root_path: str = ""
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    config: GatewayConfig | None = None,
+    root_path: str = "",
+    *,
+    local: bool = False,
 ) -> int:
     """Send a request through a door and return the status of the answer."""
     sent: list[dict[str, Any]] = []
@@ -32,7 +41,8 @@ def status_of(
         "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    door = Door(PlainTextResponse("behind the door"), config or GatewayConfig(), BatchesConfig(folder="/files"))
+    answer = PlainTextResponse("behind the door")
+    door = Door(answer, config or GatewayConfig(), BatchesConfig(folder="/files"), local=local)
     asyncio.run(door(scope, receive, send))
     status: int = sent[0]["status"]
     return status
@@ -86,6 +96,66 @@ def test_any_page() -> None:
     """Where the configuration lets in all pages, it does."""
     headers = {"origin": "https://other.example", "sec-fetch-site": "cross-site"}
     assert status_of("POST", "/v1/files", FORM | headers, GatewayConfig(cors_origins=("*",))) == 200
+
+
+LOCAL_HOSTS = ("127.0.0.1:8000", "localhost", "LOCALHOST:8000", "x.localhost", "[::1]:8000", "[::1]", "10.0.0.7:80", "")
+    "127.0.0.1:8000",
+    "localhost",
+    "LOCALHOST:8000",
+    "app.localhost",
+    "[::1]:8000",
+    "[::1]",
+    "10.0.0.7:80",
+    "",
+)
+NAMES = ("rebound.example", "rebound.example:8000", "127.0.0.1.rebound.example", "localhost.rebound.example", "a:b:c")
+
+
+@pytest.mark.parametrize(("host", "status"), [*((host, 200) for host in LOCAL_HOSTS), *((host, 403) for host in NAMES)])
+def test_an_endpoint_for_this_machine_alone_knows_its_host(host: str, status: int) -> None:
+    """It answers to no name that another site may have lead to it, whatever the method."""
+    for method in ("GET", "POST"):
+        assert status_of(method, "/v1/models", {"host": host}, local=True) == status
+        assert status_of(method, "/v1/models", {"host": host}) == 200
+
+
+def test_hosts_that_are_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that the configuration has are let in, and where keys are needed all are."""
+    monkeypatch.setenv("KEYS", "secret")
+    named = GatewayConfig(cors_origins=("https://app.example",))
+    keyed = GatewayConfig(api_keys_env="KEYS")
+    headers = {"host": "app.example", "authorization": "Bearer secret"}
+    for config in (named, keyed, GatewayConfig(cors_origins=("*",))):
+        assert status_of("GET", "/v1/models", headers, config, local=True) == 200
+
+
+async def test_a_body_that_drips() -> None:
+    """A body that comes in drops is refused when the patience with it is used up, and one that flows is not."""
+
+    async def read(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(len(await request.body())))
+
+    async def post(drop: bytes, interval_s: float) -> int:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(interval_s)
+            drops.pop()
+            return {"type": "http.request", "body": drop, "more_body": bool(drops)}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        drops = [drop] * 20
+        app = Starlette(routes=[Route("/", read, methods=["POST"])])
+        door = Door(app, GatewayConfig(body_timeout_s=0.5), BatchesConfig(folder="/files"))
+        scope = {"type": "http", "method": "POST", "path": "/", "root_path": "", "query_string": b"", "headers": []}
+        await door(scope, receive, send)
+        status: int = sent[0]["status"]
+        return status
+
+    assert await post(b"x", 0.1) == 408
+    assert await post(b"x" * 200, 0.1) == 200
 
 
 @pytest.mark.parametrize(

@@ -388,10 +388,13 @@ async def test_the_stop_button_stops(tab: Tab) -> None:
     """The button that takes Send's place stops, and gives the place back."""
     await tab.page.get_by_label("Model").select_option("simulated")
     await tab.setting("max_new_tokens", "5000")
-    await tab.send("Count to a million")
+    await tab.message.fill("Count to a million")
+    await tab.page.get_by_role("button", name="Send", exact=True).click()
+    await expect(tab.message).to_be_focused()
     await grown(tab.text, 0)
     await tab.stop.click()
     await expect(tab.receipt).to_contain_text("stopped")
+    await expect(tab.message).to_be_focused()
     await expect(tab.page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
@@ -546,6 +549,7 @@ async def test_an_error_in_mid_stream(tab: Tab) -> None:
     await tab.page.unroute("**/stream_chat")
     await tab.setting("max_new_tokens", "5")
     await tab.page.get_by_role("button", name="Try again").click()
+    await expect(tab.message).to_be_focused()
     await expect(tab.receipt).to_contain_text("5 out")
 
 
@@ -678,6 +682,26 @@ async def test_slots_in_trouble(tab: Tab) -> None:
     await expect(tab.page.locator("#advice")).to_contain_text("A message waits until one is.")
 
 
+async def test_a_model_without_actors(tab: Tab) -> None:
+    """A model that is scaled to none has not failed."""
+
+    def scaled(state: dict[str, Any]) -> None:
+        for model in state["models"]:
+            model["slots"] = []
+
+    await tab.change_state(scaled)
+    await expect(tab.page.locator("#advice")).to_contain_text("no actor at present")
+
+
+async def test_focus_when_an_answer_ends(tab: Tab) -> None:
+    """Who has the focus at Stop when there is nothing to stop any more has it at the message box."""
+    await tab.setting("max_new_tokens", "20")
+    await tab.send("Hello")
+    await tab.stop.focus()
+    await expect(tab.receipt).to_contain_text("20 out")
+    await expect(tab.message).to_be_focused()
+
+
 async def test_no_models(start_tab: StartTab) -> None:
     """A server without models says so, and nothing can be sent."""
     tab = await start_tab(load=False)
@@ -701,6 +725,7 @@ async def test_a_server_that_is_away(tab: Tab) -> None:
     await tab.page.context.set_offline(False)
     await expect(tab.page.get_by_text("live", exact=True)).to_be_visible()
     await tab.page.get_by_role("button", name="Try again").click()
+    await expect(tab.message).to_be_focused()
     await expect(tab.receipt).to_contain_text("5 out")
 
 

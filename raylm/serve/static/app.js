@@ -76,7 +76,7 @@ async function watchState(chat, cluster) {
         state.models.map(({ name, slots }) => [name, slots.some(({ capacity }) => capacity > 0)]),
       );
       if (present !== known) {
-        chat.showModels((await getJson("v1/models")).data);
+        chat.showModels((await getJson("v1/models", { signal: AbortSignal.timeout(TIMEOUT) })).data);
         known = present;
       }
       cluster.show(state, performance.now());

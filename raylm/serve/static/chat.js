@@ -104,7 +104,9 @@ export class Chat {
         const next = this.#add();
         this.#select(next);
         next.send(text);
+        this.#message.focus();
       },
+      onRetry: () => this.#message.focus(),
     });
     this.#sessions.push(session);
     byId("latest").before(session.log);
@@ -177,12 +179,14 @@ export class Chat {
       (one) => this.#tab(one),
       this.#tabs,
     );
+    const focused = document.activeElement;
     byId("logs").classList.toggle("blank", session.empty);
     byId("latest").hidden = session.following;
     byId("stop").hidden = !session.running;
     byId("send").hidden = session.running;
     byId("send").disabled = !this.#maySend(this.#message.value);
     this.#message.disabled = session.ended;
+    if (focused.hidden || focused.disabled) (session.ended ? byId("new-session") : this.#message).focus();
     byId("fork-session").disabled = !session.started || session.ended || session.busy;
     const onlyAndEmpty = this.#sessions.length === 1 && session.empty;
     byId("end-session").disabled = onlyAndEmpty;
@@ -234,6 +238,7 @@ export class Chat {
     if (this.#models.length === 0) return "There is no model to talk to.";
     const model = this.#state.models.find(({ name }) => name === session.model);
     if (!model) return "";
+    if (model.slots.length === 0) return `${model.name} has no actor at present. A message waits until it has one.`;
     if (model.slots.some(({ state }) => state === "up" || state === "suspected")) return "";
     if (model.slots.every(({ state }) => state === "failed"))
       return `Every slot of ${model.name} has failed: see Cluster.`;

@@ -24,8 +24,9 @@ export class Session {
    * @param {function(Session)} options.onChange  Called when a turn begins or ends, or the log is scrolled.
    * @param {function(string)} options.announce  Tells a screen reader.
    * @param {function(string)} options.onRestart  Sends a message in a new session.
+   * @param {function()} options.onRetry  Called when a message is sent again, and the button for it is gone.
    */
-  constructor({ id = newId(), number, model, system, parameters, onChange, announce, onRestart }) {
+  constructor({ id = newId(), number, model, system, parameters, onChange, announce, onRestart, onRetry }) {
     Object.assign(this, { id, number, model, system });
     this.title = "";
     this.started = false; // the server has a transcript
@@ -34,6 +35,7 @@ export class Session {
     this.#onChange = onChange;
     this.#announce = announce;
     this.#onRestart = onRestart;
+    this.#onRetry = onRetry;
     this.log = element("div", {
       class: "log",
       role: "log",
@@ -49,6 +51,7 @@ export class Session {
   #onChange;
   #announce;
   #onRestart;
+  #onRetry;
 
   get running() {
     return this.#turn !== null;
@@ -173,6 +176,11 @@ export class Session {
     this.#onChange(this);
   }
 
+  #again(text) {
+    this.#answer(text);
+    this.#onRetry();
+  }
+
   async #answer(text) {
     const answer = new Answer(this.model, () => this.grown());
     this.#lastAnswer?.settle();
@@ -195,7 +203,7 @@ export class Session {
         answer.stop();
         this.#announce("Stopped");
       } else {
-        const again = { label: "Try again", act: () => this.#answer(text) };
+        const again = { label: "Try again", act: () => this.#again(text) };
         answer.failWith(error, error.type === "PoisonRequestError" ? [] : [again]);
         this.#announce(`The answer failed: ${error.message}`);
       }
