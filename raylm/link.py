@@ -143,9 +143,11 @@ class Link:
     async def send_to_living(self, stream: Stream, key: int) -> None:
         """Send a stream on trial once the actor has shown that it is alive, so that no earlier death is laid to it."""
         try:
-            await self.actor.statistics.remote()
+            await self.actor.check_health.remote()  # an actor whose engine has died before says so, and ends
         except ray.exceptions.RayActorError:
             return  # the poll in flight tells
+        except ray.exceptions.RayTaskError:
+            pass  # of a server, say: the request meets it in its turn
         if stream._link is self and stream._key == key:
             self.send(stream)
 

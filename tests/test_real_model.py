@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from raylm import INTERNLM2_META, LMDeployPipeline, OpenVINOConfig, Status
@@ -61,6 +62,16 @@ def test_a_batch_survives_a_kill(chatbot: LMDeployPipeline) -> None:
     kill(chatbot, next(slot.slot for slot in chatbot.statistics().slots if slot.num_running))
     assert chatbot.generate(prompts) == undisturbed
     assert list(stream)[-1][0] is Status.END
+
+
+def test_engines_that_died_while_nothing_ran(chatbot: LMDeployPipeline) -> None:
+    """Nobody is to blame for engines that were dead before, however many: their actors are replaced."""
+    words = [{"role": "user", "content": "What is the capital of France?"}]
+    undisturbed = chatbot.chat(words)
+    for slot in chatbot.statistics().slots:
+        for engine in psutil.Process(slot.pid).children(recursive=True):
+            engine.kill()
+    assert chatbot.chat(words) == undisturbed
 
 
 def converse(chatbot: LMDeployPipeline, session_id: int, turns: list[str], *, kill_before_last: bool) -> list[str]:

@@ -266,11 +266,6 @@ class _Generation:
         self._num_emitted = 0
         if generated and generated.token_ids:
             text = self._detokenizer.feed(generated.token_ids)
-            if not text.startswith(generated.text):
-                raise InvalidRequestError(
-                    "the token ids of `generated` do not spell its text; continue it with the model that began it, or "
-                    "without token ids"
-                )
             rest = text[len(generated.text) :]  # where the ids are those of more than was shown
             self._num_fed = len(rest)
             self._text, _ = self._stop_words.feed(rest)
@@ -429,6 +424,7 @@ class ChildProcess:
         """Generate one request. See `engines.base.Engine.generate`."""
         self._check_up()
         _check(request)
+        request = _in_own_tokens(request, self._vocabulary)
         key = next(self._keys)
         generation = _Generation(request, emit, self._vocabulary, asyncio.get_running_loop().create_future())
         self._send(Add(key, request))
@@ -599,6 +595,17 @@ def _check(request: Request) -> None:
                 f"messages: the model's own chat template takes no name, and one has {message.name!r}; leave it out, "
                 "or write it into the content"
             )
+
+
+def _in_own_tokens(request: Request, vocabulary: Vocabulary) -> Request:
+    """Return a request that has token ids of earlier attempts only where they spell the text of those.
+
+    Otherwise another model of the pool has generated them, and the text alone is continued.
+    """
+    generated = request.generated
+    if not generated or Detokenizer(vocabulary).feed(generated.token_ids).startswith(generated.text):
+        return request
+    return msgspec.structs.replace(request, generated=msgspec.structs.replace(generated, token_ids=[]))
 
 
 def _copy(error: EngineError) -> EngineError:
