@@ -109,7 +109,9 @@ class AsyncLMDeployPipeline(AsyncChatbot):
         _check_device(backend, device)
         if backend_config is not None:
             given = backend_config if isinstance(backend_config, Sequence) else [backend_config]
-            _check_agreement(backend, device, given)
+            for config in given:
+                _check_agreement("backend", backend, getattr(config, "backend", config.kind))
+                _check_agreement("device", device, getattr(config, "device", "cpu"))
         self.path = path
         self.model_name = model_name
         self.tp = tp
@@ -133,15 +135,13 @@ class AsyncLMDeployPipeline(AsyncChatbot):
     def _complete(self, config: EngineConfig) -> EngineConfig:
         model = {"path": self.path, "model_name": self.model_name or short_name(self.path)}
         if isinstance(config, LMDeployConfig | APIServerConfig):
-            return config.model_copy(update={**model, "tp": self.tp})
+            return config.updated({**model, "tp": self.tp})
         if self.tp != 1:
             raise InvalidRequestError(f"tp={self.tp} spreads a model over GPUs; a {config.kind} engine takes tp=1")
         if isinstance(config, OpenVINOConfig):
             cpus = min((node.num_cpus for node in nodes()), default=1)
             threads = max(1, int(cpus * len(nodes())) // self.replicas)
-            return config.model_copy(
-                update={**model, "num_threads": config.num_threads or min(threads, max(1, int(cpus)))}
-            )
+            return config.updated({**model, "num_threads": config.num_threads or min(threads, max(1, int(cpus)))})
         return config
 
     def _pick(self) -> EngineConfig:
@@ -154,8 +154,8 @@ class AsyncLMDeployPipeline(AsyncChatbot):
                     _say_once("the cluster has no GPU: backend 'auto' is openvino, on CPU")
         if backend == "openvino":
             return OpenVINOConfig()
-        backend, device = _engine_and_device(backend, self.device)
-        return LMDeployConfig(backend=backend, device=device)
+        engine, device = _engine_and_device(backend, self.device)
+        return LMDeployConfig().updated({"backend": engine, "device": device})
 
 
 class AsyncLMDeployServer(AsyncChatbot):
@@ -215,8 +215,12 @@ class AsyncLMDeployServer(AsyncChatbot):
                 f"server_port: {replicas} servers cannot share port {server_port}; 0 takes a free one for each"
             )
         _check_device(backend, device)
-        config = (backend_config or APIServerConfig()).model_copy(
-            update={
+        given = backend_config or APIServerConfig()
+        fixed = given.model_dump(include=given.model_fields_set & {"backend", "device"})
+        _check_agreement("backend", backend, fixed.get("backend", backend))
+        _check_agreement("device", device, fixed.get("device", device))
+        config = given.updated(
+            {
                 "path": path,
                 "model_name": model_name or short_name(path),
                 "server_name": server_name,
@@ -237,12 +241,12 @@ class AsyncLMDeployServer(AsyncChatbot):
             pool_config=pool_config,
             session_config=session_config,
         )
-        self.backend = backend
-        self.device = device
+        self.backend = fixed.get("backend", backend)
+        self.device = fixed.get("device", device)
 
     def _place(self) -> Sequence[EngineConfig]:
         backend, device = _engine_and_device(self.backend, self.device)
-        return [config.model_copy(update={"backend": backend, "device": device}) for config in super()._place()]
+        return [config.updated({"backend": backend, "device": device}) for config in super()._place()]
 
 
 class AsyncLMDeployClient(AsyncChatbot):
@@ -286,13 +290,13 @@ class AsyncLMDeployClient(AsyncChatbot):
         pool_config: PoolConfig | None = None,
         session_config: SessionConfig | None = None,
     ) -> None:
-        urls = [url] if isinstance(url, str) else list(url)
+        urls = list(url) if isinstance(url, list | tuple) else [url]
         if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in urls) or not urls:
             raise InvalidRequestError(f"url: expected http://HOST:PORT, or a list of them, got {url!r}")
         given = backend_config or HTTPConfig(url=urls[0])
         update: dict[str, Any] = {"model_name": model_name or given.model_name, "api_key": api_key or given.api_key}
         super().__init__(
-            [given.model_copy(update={**update, "url": url}) for url in urls],
+            [given.updated({**update, "url": url}) for url in urls],
             meta_template=meta_template,
             max_new_tokens=max_new_tokens,
             top_p=top_p,
@@ -348,15 +352,15 @@ class AsyncTritonClient(AsyncChatbot):
         pool_config: PoolConfig | None = None,
         session_config: SessionConfig | None = None,
     ) -> None:
-        addresses = [tritonserver_addr] if isinstance(tritonserver_addr, str) else list(tritonserver_addr)
+        addresses = list(tritonserver_addr) if isinstance(tritonserver_addr, list | tuple) else [tritonserver_addr]
         if not all(isinstance(place, str) and ":" in place for place in addresses) or not addresses:
             raise InvalidRequestError(
                 f"tritonserver_addr: expected IP:PORT, or a list of them, got {tritonserver_addr!r}"
             )
-        given = backend_config or TritonConfig(address=addresses[0], model_name=model_name)
+        given = backend_config or TritonConfig(address=addresses[0], model_name="")
         update: dict[str, Any] = {"model_name": model_name, "session_len": session_len}
         super().__init__(
-            [given.model_copy(update={**update, "address": place}) for place in addresses],
+            [given.updated({**update, "address": place}) for place in addresses],
             meta_template=meta_template,
             max_new_tokens=max_new_tokens,
             top_p=top_p,
@@ -458,32 +462,29 @@ def _check_model(path: object, tp: int, replicas: int) -> None:
         raise InvalidRequestError(f"replicas and tp must be at least 1, got {replicas} and {tp}")
 
 
-def _check_device(backend: str, device: Device) -> None:
+def _check_device(backend: str, device: str) -> None:
     if backend == "turbomind" and device == "cpu":
         raise InvalidRequestError("device: lmdeploy's turbomind engine does not run on the cpu; pytorch does")
     if backend == "openvino" and device == "cuda":
         raise InvalidRequestError("device: the openvino engine runs on the cpu alone; turbomind and pytorch use GPUs")
 
 
-def _check_agreement(backend: Backend, device: Device, given: Sequence[EngineConfig]) -> None:
+def _check_agreement(name: str, asked: str, has: str) -> None:
     """Raise where an argument asks for another engine, or another place for it, than the settings that are given."""
-    for config in given:
-        engine, place = getattr(config, "backend", config.kind), getattr(config, "device", "cpu")
-        for name, asked, has in (("backend", backend, engine), ("device", device, place)):
-            if asked not in ("auto", has):
-                raise InvalidRequestError(
-                    f"{name}: {asked!r}, but backend_config (--engine-config) is for {has!r}; leave {name} out, or "
-                    f"give a backend_config for {asked!r}"
-                )
+    if asked not in ("auto", has):
+        raise InvalidRequestError(
+            f"{name}: {asked!r}, but backend_config (--engine-config) is for {has!r}; leave {name} out, or give a "
+            f"backend_config for {asked!r}"
+        )
 
 
-def _engine_and_device(backend: str, device: Device) -> tuple[Literal["turbomind", "pytorch"], Literal["cuda", "cpu"]]:
+def _engine_and_device(backend: str, device: str) -> tuple[str, str]:
     """Return which engine of lmdeploy is to run where, now that there is a cluster to look at."""
     if backend not in ("auto", "turbomind", "pytorch"):
         raise InvalidRequestError(f"backend: expected auto, turbomind, pytorch or openvino, got {backend!r}")
     _check_device(backend, device)
     has_gpu = any(node.num_gpus for node in nodes())
-    if backend == "turbomind" or (backend == "auto" and device != "cpu" and has_gpu):
+    if backend == "turbomind" or (backend == "auto" and device in ("auto", "cuda") and has_gpu):
         return "turbomind", "cuda"
     if device == "auto":
         device = "cuda" if has_gpu else "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,24 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    def updated(self, update: Mapping[str, Any]) -> Self:
+        """Return a copy with other values of some settings, which are checked as all are.
+
+        Raises:
+            InvalidRequestError: a value is wrong. The text names each.
+        """
+        try:
+            return self.model_validate({**self.model_dump(), **update})
+        except ValidationError as error:
+            raise InvalidRequestError(_problems(error)) from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'it'}: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_context=False, include_input=False)
+    )
 
 
 _LabelSelector = Annotated[str, Field(pattern=r"^!?(in\([^()]+\)|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)$")]
@@ -207,12 +226,15 @@ class APIServerConfig(_LMDeployEngineConfig):
         server_name: Address that the server listens on.
         server_port: Its port; 0 takes a free one.
         api_key: The key that the server asks for; None: it asks for none.
+        idle_timeout_s: Limit on the silence in a response; before its first token, on that in all responses. A long
+            prompt alone on a slow machine may take longer.
     """
 
     kind: Literal["api_server"] = "api_server"
     server_name: str = "0.0.0.0"  # noqa: S104  (the seed's default, which is lmdeploy's)
     server_port: int = Field(default=23333, ge=0, le=65535)
     api_key: str | None = Field(default=None, repr=False)
+    idle_timeout_s: PositiveFloat = 60
 
 
 class HTTPConfig(_Placed):
@@ -591,11 +613,7 @@ class ServeConfig(_Config):
         try:
             return cls.model_validate({} if settings is None else settings)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc']) or 'it'}: {problem['msg']}"
-                for problem in error.errors(include_url=False, include_context=False, include_input=False)
-            )
-            raise InvalidRequestError(f"{where} is wrong: {problems}") from None
+            raise InvalidRequestError(f"{where} is wrong: {_problems(error)}") from None
 
     @classmethod
     def load(cls, path: Path) -> Self:

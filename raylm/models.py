@@ -275,11 +275,12 @@ def fingerprint(path: Path, *settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def max_context(path: Path) -> int:
+def max_context(path: Path, setting: str = "max_context") -> int:
     """Return how many tokens, prompt and generated together, the model was made for.
 
     Args:
         path: What `resolve` returned.
+        setting: The engine's setting that says it where the model does not, for error messages.
 
     Raises:
         EngineStartError: the model's files do not say, or cannot be read.
@@ -289,9 +290,9 @@ def max_context(path: Path) -> int:
     except (struct.error, OverflowError) as error:
         raise EngineStartError(f"the header of {path} is cut short or broken; get the file again") from error
     except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise EngineStartError(f"cannot read the context length of {path}: {error}; set max_context") from error
+        raise EngineStartError(f"cannot read the context length of {path}: {error}; set {setting}") from error
     if tokens is None or tokens < 1:
-        raise EngineStartError(f"{path} does not say how long its context is; set max_context")
+        raise EngineStartError(f"{path} does not say how long its context is; set {setting}")
     return tokens
 
 

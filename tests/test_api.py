@@ -16,7 +16,10 @@ import pytest
 from raylm import (
     INTERNLM2_META,
     APIServerConfig,
+    AsyncLMDeployClient,
     AsyncLMDeployPipeline,
+    AsyncLMDeployServer,
+    AsyncTritonClient,
     Fault,
     LMDeployConfig,
     LMDeployPipeline,
@@ -325,6 +328,52 @@ def test_arguments_that_contradict_the_settings_raise(argument: Any, given: Any,
     """A backend or device that is not that of `backend_config` raises InvalidRequestError that names both."""
     with pytest.raises(InvalidRequestError, match=words + ".*leave .* out"):
         AsyncLMDeployPipeline("any", backend_config=given, **argument)
+
+
+@pytest.mark.parametrize(
+    ("given", "argument", "backend", "device"),
+    [
+        (None, {}, "pytorch", "cpu"),
+        ({}, {}, "pytorch", "cpu"),
+        ({}, {"backend": "turbomind"}, "turbomind", "cuda"),
+        ({"device": "ascend"}, {}, "pytorch", "ascend"),
+        ({"device": "cpu"}, {}, "pytorch", "cpu"),
+        ({"backend": "turbomind"}, {}, "turbomind", "cuda"),
+        ({"backend": "pytorch", "device": "cuda"}, {}, "pytorch", "cuda"),
+    ],
+)
+def test_a_server_runs_what_its_settings_say(
+    cluster: str, given: dict[str, Any] | None, argument: dict[str, Any], backend: str, device: str
+) -> None:
+    """What the settings of a server leave open is chosen by the cluster, which has no GPU here."""
+    settings = None if given is None else APIServerConfig(**given)
+    (config,) = AsyncLMDeployServer("folder/model", backend_config=settings, **argument)._place()
+    assert isinstance(config, APIServerConfig)
+    assert (config.backend, config.device) == (backend, device)
+
+
+def test_settings_of_a_server_that_are_contradicted_raise() -> None:
+    """An argument that is not what `backend_config` says of the same thing raises InvalidRequestError."""
+    with pytest.raises(InvalidRequestError, match=r"backend: 'pytorch', .* 'turbomind'"):
+        AsyncLMDeployServer("any", backend="pytorch", backend_config=APIServerConfig(backend="turbomind"))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: AsyncLMDeployServer("any", server_port=70000), "server_port"),
+        (lambda: AsyncLMDeployServer("any", model_name=5), "model_name"),
+        (lambda: AsyncTritonClient("a:1", "m", session_len=0), "session_len"),
+        (lambda: AsyncTritonClient("a:1", 5), "model_name"),
+        (lambda: AsyncTritonClient(None, "m"), "tritonserver_addr"),
+        (lambda: AsyncLMDeployClient(None), "url"),
+        (lambda: AsyncLMDeployClient("http://a", 5), "model_name"),
+    ],
+)
+def test_wrong_arguments_raise_at_once(make: Callable[[], object], named: str) -> None:
+    """A value that no engine could have is refused where it is given, by name, before anything starts."""
+    with pytest.raises(InvalidRequestError, match=named):
+        make()
 
 
 @pytest.mark.parametrize(("backend", "device"), [("turbomind", "cpu"), ("openvino", "cuda")])

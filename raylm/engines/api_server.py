@@ -193,7 +193,7 @@ class APIServerEngine:
                 f"lmdeploy reads no GGUF file, which {path} is; give the folder or hub id of the model that it was "
                 "made from"
             )
-        self._context = config.session_len or await asyncio.to_thread(max_context, path)
+        self._context = config.session_len or await asyncio.to_thread(max_context, path, "session_len")
         off = [_flag(name) for name, value in config.options.items() if value is None or value is False]
         self._command = Command(_MODULES[config.device], str(path), arguments(config), off)
         server, info = await self._start_server()
@@ -277,6 +277,7 @@ class APIServerEngine:
                 api_key=config.api_key,
                 capacity=config.max_batch_size or (_CPU_BATCH_SIZE if config.device == "cpu" else _CUDA_BATCH_SIZE),
                 max_context=self._context,
+                idle_timeout_s=config.idle_timeout_s,
             )
         )
         info = await server.client.start()
