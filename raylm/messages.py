@@ -99,6 +99,17 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """True when the likeliest token is taken at every step."""
         return self.temperature == 0 or self.top_k == 1
 
+    def after(self, num_tokens: int, *, left: int) -> GenerationConfig:
+        """Return what is to go on after `num_tokens` earlier ones with `left` more at most.
+
+        Fewer tokens are asked for at least, and what is drawn is not what the beginning drew.
+        """
+        if not num_tokens or (not self.min_new_tokens and self.seed is None):
+            return self
+        least = min(max(0, self.min_new_tokens - num_tokens), left)
+        seed = None if self.seed is None else (self.seed + num_tokens) % (1 << 63)
+        return msgspec.structs.replace(self, min_new_tokens=least, seed=seed)
+
     def updated(self, overrides: Mapping[str, Any]) -> GenerationConfig:
         """Return a copy with `overrides` applied and checked.
 

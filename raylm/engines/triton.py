@@ -368,10 +368,16 @@ class TritonEngine:
             inputs={each.name: (_datatype(each.data_type), tuple(each.dims)) for each in config.input},
             outputs=frozenset(each.name for each in config.output),
             batched=config.max_batch_size > 0,
-            # An ensemble is decoupled if a part of it is, which its own configuration need not say. Streams serve both.
-            decoupled=config.model_transaction_policy.decoupled or config.platform == "ensemble",
+            decoupled=await self._is_decoupled(config),
             parameters={key: value.string_value for key, value in config.parameters.items()},
         )
+
+    async def _is_decoupled(self, config: Any) -> bool:
+        """Return whether a model streams: an ensemble does if a part of it does, which it need not say itself."""
+        if config.model_transaction_policy.decoupled or config.platform != "ensemble":
+            return bool(config.model_transaction_policy.decoupled)
+        parts = [(await self._describe(step.model_name)).decoupled for step in config.ensemble_scheduling.step]
+        return any(parts)
 
     # Text
 
@@ -386,9 +392,10 @@ class TritonEngine:
                 f"the prompt has {num_words} words, and so more tokens than fit: session_len is {self._session_len}, "
                 "answer included; shorten the prompt"
             )
-        left = min(config.max_new_tokens, self._session_len) - (generated.num_tokens if generated else 0)
+        num_before = generated.num_tokens if generated else 0
+        left = min(config.max_new_tokens, self._session_len) - num_before
         sent = prompt + generated.text if generated else prompt
-        values = dialect.tensors(model, sent, config, max(1, left))
+        values = dialect.tensors(model, sent, config.after(num_before, left=max(0, left)), max(1, left))
         output = TextOutput(
             request,
             emit,

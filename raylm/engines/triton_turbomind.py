@@ -435,7 +435,9 @@ class TurboMind:
             wanted.append(("top_p", "runtime_top_p", [config.top_p]))
             wanted.append(("top_k", "runtime_top_k", [config.top_k or 0]))
             if start:
-                seed = random.getrandbits(63) if config.seed is None else config.seed
+                num_before = request.generated.num_tokens if request.generated else 0
+                seed = config.after(num_before, left=0).seed
+                seed = random.getrandbits(63) if seed is None else seed
                 wanted.append(("seed", "random_seed", [seed]))
         if config.repetition_penalty != 1:
             wanted.append(("repetition_penalty", "repetition_penalty", [config.repetition_penalty]))

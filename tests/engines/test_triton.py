@@ -63,6 +63,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 '"end_id" data_type: TYPE_INT32': '"end_id" data_type: TYPE_UINT32',
             },
         ),
+        "whole": ("ensemble", {"model_transaction_policy { decoupled: true }\n": ""}),
         "unary": ("tensorrt_llm", {"model_transaction_policy { decoupled: true }\n": ""}),
         "echo": (
             "tensorrt_llm",
@@ -73,8 +74,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     }
     folder = make_repository(tmp_path_factory.mktemp("models"), {**whole, **copies})
-    (folder / "composed" / "1").mkdir(parents=True)
-    (folder / "composed" / "config.pbtxt").write_text(COMPOSED)
+    for name, part in (("composed", "ensemble"), ("composed_whole", "whole")):
+        (folder / name / "1").mkdir(parents=True)
+        text = COMPOSED.replace('name: "composed"', f'name: "{name}"')
+        (folder / name / "config.pbtxt").write_text(text.replace('model_name: "ensemble"', f'model_name: "{part}"'))
     return folder
 
 
@@ -148,6 +151,7 @@ def requests_in(log: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any
         ("ensemble", "TensorRT-LLM"),
         ("accumulating", "TensorRT-LLM"),
         ("composed", "TensorRT-LLM"),
+        ("whole", "TensorRT-LLM"),
         ("tensorrt_llm", "TensorRT-LLM LLM API"),
         ("unary", "TensorRT-LLM LLM API"),
         ("turbomind", "TurboMind"),
@@ -407,6 +411,29 @@ async def test_continuation(server: TritonServer, model: str) -> None:
             rest = await run(engine, make_request(prompt_of("😀 🚀"), part, max_new_tokens=24))
             assert part.text + rest.text == whole.text
             assert rest.usage == whole.usage
+
+
+async def test_an_ensemble_of_what_does_not_stream(server: TritonServer) -> None:
+    """It is not asked to."""
+    async with connect(server, "composed_whole") as engine:
+        record = await run(engine, make_request(prompt_of(STORY), max_new_tokens=20))
+    assert record.text == greedy_text(prompt_of(STORY), 20)
+
+
+@pytest.mark.parametrize("model", ["vllm", "ensemble"])
+@pytest.mark.parametrize(("num_before", "least"), [(2, 8), (8, 2), (10, None), (11, None), (12, None)])
+async def test_what_a_continuation_asks_for(
+    server: TritonServer, model: str, num_before: int, least: int | None
+) -> None:
+    """It asks for what is left of the least number of tokens, and draws with another seed than the beginning."""
+    part = Generated("and so", [], num_before)
+    config: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 10, "temperature": 0.5, "seed": 7}
+    async with connect(server, model) as engine:
+        log = await log_of(server, lambda: run(engine, make_request(prompt_of(STORY), part, **config)))
+    for sent in requests_in(log, model):
+        asked = json.loads(sent["sampling_parameters"][0]) if model == "vllm" else {n: v[0] for n, v in sent.items()}
+        assert asked.get("min_tokens") == least
+        assert asked["seed"] == 7 + num_before
 
 
 async def test_continuation_of_tokens_by_text(server: TritonServer) -> None:

@@ -74,6 +74,10 @@ class TextModel:
     def _parse(self, request: Any) -> tuple[dict[str, list[Any]], Job, str, bool, list[str]]:
         values = values_of(request, self.name)
         prompt, stream, stop_words, exclude, settings = self.read(values)
+        if stream and not self.decoupled:  # as TensorRT-LLM's back end
+            raise pb_utils.TritonModelException(
+                "Streaming is only supported if model is deployed using decoupled mode."
+            )
         ids = tokenize(prompt)
         if len(ids) >= self.context or "[[refuse]]" in prompt:
             raise pb_utils.TritonModelException(self.too_long(len(ids)))
