@@ -223,7 +223,7 @@ def plan(server: Server, model: str, request: Request, *, repeat: bool = True) -
             _check_repeatable(config)
         skip = generated.text if generated else ""
         return Call(INTERACTIVE, {"prompt": messages, **_interactive_parameters(config)}, skip)
-    if generated is None or not generated.num_tokens:
+    if generated is None or not (generated.num_tokens or generated.text):
         return Call(CHAT, {"model": model, "messages": messages, **_parameters(server, CHAT, config, 0)})
     fields = server.fields_of(CHAT)
     # Chat templates trim messages, so that a text with white space at its ends would not be continued where it ends.
@@ -250,7 +250,7 @@ def plan(server: Server, model: str, request: Request, *, repeat: bool = True) -
 def _plan_raw(server: Server, model: str, request: Request) -> Call:
     config, generated, ids = request.config, request.generated, request.prompt_token_ids
     skip, num_before = "", 0
-    if generated is not None and generated.num_tokens:
+    if generated is not None and (generated.num_tokens or generated.text):
         if config.json_schema is not None or (ids is not None and not generated.token_ids):
             _check_repeatable(config)
             skip, generated = generated.text, None
@@ -530,6 +530,7 @@ class _Text(msgspec.Struct):
     # What a server's parser takes out of the text: lmdeploy's and older vllm's name, newer vllm's name.
     reasoning_content: str | None = None
     reasoning: str | None = None
+    refusal: str | None = None
 
     @property
     def whole(self) -> str:
@@ -630,6 +631,7 @@ def read_event(data: bytes) -> Piece:
 
     Raises:
         ErrorEventError: it is an error object.
+        InvalidRequestError: it says that this prompt gets no answer.
         ProtocolError: it is none of the kind.
         UpstreamError: it says that the generation failed.
     """
@@ -637,17 +639,18 @@ def read_event(data: bytes) -> Piece:
     if not event.choices:
         return Piece(usage=event.usage)
     choice = event.choices[0]
+    if choice.delta is not None and choice.delta.refusal:
+        raise InvalidRequestError(f"the server's model refuses to answer: {choice.delta.refusal}")
     text = (choice.text or "") if choice.delta is None else choice.delta.whole
     # A part of a character has no text yet. In a chat, an event without text is more likely to tell the role.
-    is_token = bool(text) or (choice.delta is None and choice.finish_reason is None)
+    is_token = bool(text) or (choice.delta is None and not choice.finish_reason)
     piece = Piece(text, int(is_token), usage=event.usage)
     if token_ids := choice.output_ids or choice.token_ids:
         piece.token_ids = token_ids
         piece.logprobs = _logprobs(choice.output_token_logprobs, choice.logprobs, len(token_ids))
         if choice.logprobs is not None and piece.logprobs:
             piece.token_texts, piece.top_logprobs = _texts(choice.logprobs, len(token_ids))
-    if choice.finish_reason is not None:
-        piece.finish_reason = _finish_reason(choice.finish_reason)
+    piece.finish_reason = _finish_reason(choice.finish_reason)
     return piece
 
 
@@ -689,8 +692,10 @@ def _decode(decode: Any, data: bytes) -> Any:
 
 
 def _finish_reason(reason: str | None) -> FinishReason | None:
-    if reason is None:
+    if not reason:  # some servers have an empty one where others have none
         return None
+    if reason == "content_filter":
+        raise InvalidRequestError("the server's content filter has ended the answer; change the prompt")
     known = _FINISH_REASONS.get(reason)
     if known is None:
         raise UpstreamError(f"the server ended the generation with {reason!r}; look into its log")

@@ -173,7 +173,7 @@ class _Generation:
             if piece.token_texts:
                 self._token_texts += piece.token_texts
                 self._top_logprobs += [ranked[: self._num_candidates] for ranked in piece.top_logprobs]
-        elif counts is None:
+        elif counts is None or not counts.completion_tokens:
             self._num_tokens += piece.num_tokens
         if counts is not None:
             self.usage = counts

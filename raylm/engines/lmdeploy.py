@@ -75,6 +75,10 @@ class LMDeployEngine:
             },
             options=config.options,
         )
+        # Before the child, which nobody would end if this failed after it.
+        identity = await asyncio.to_thread(
+            fingerprint, path, config.backend, config.dtype, config.quant_policy, config.model_format
+        )
         ready = await self._child.start(load, timeout_s=config.start_timeout_s, attempts=config.start_attempts)
         return EngineInfo(
             engine="lmdeploy",
@@ -83,9 +87,7 @@ class LMDeployEngine:
             max_context=ready.max_context,
             capacity=ready.capacity,
             device=f"{config.backend} on {config.device}" + (f", tp {config.tp}" if config.tp > 1 else ""),
-            fingerprint=await asyncio.to_thread(
-                fingerprint, path, config.backend, config.dtype, config.quant_policy, config.model_format
-            ),
+            fingerprint=identity,
         )
 
     async def generate(self, request: Request, emit: Emit) -> None:

@@ -60,6 +60,8 @@ class OpenVINOEngine:
             deterministic=config.deterministic,
             prefix_caching=config.prefix_caching,
         )
+        # Before the child, which nobody would end if this failed after it.
+        identity = await asyncio.to_thread(fingerprint, path, config.deterministic)
         ready = await self._child.start(load, timeout_s=config.start_timeout_s)
         return EngineInfo(
             engine="openvino",
@@ -68,7 +70,7 @@ class OpenVINOEngine:
             max_context=ready.max_context,
             capacity=ready.capacity,
             device="CPU" if config.num_threads is None else f"CPU ({config.num_threads} threads)",
-            fingerprint=await asyncio.to_thread(fingerprint, path, config.deterministic),
+            fingerprint=identity,
         )
 
     async def generate(self, request: Request, emit: Emit) -> None:

@@ -698,6 +698,23 @@ async def test_reasoning_is_text(start: Start, name: str) -> None:
     assert (await run(engine, make_request(QUESTION))).text == "Hm, Paris.Paris"
 
 
+async def test_an_empty_finish_reason_is_none(start: Start) -> None:
+    """Some servers send one with each event but the last."""
+    toy, engine = await start(Toy("vllm"))
+    toy.script = [stream(sse(chunk("a", ""), chunk("b", ""), chunk("", "stop")) + DONE)]
+    record = await run(engine, make_request(STORY))
+    assert (record.text, record.finish_reason) == ("ab", "stop")
+
+
+async def test_usage_that_counts_nothing_is_not_believed(start: Start) -> None:
+    """Tokens of a server whose every event says that there are none yet are counted by its events."""
+    toy, engine = await start(Toy("vllm"))
+    events = [chunk(text, usage={"prompt_tokens": 3, "completion_tokens": 0}) for text in ("a", "b")]
+    toy.script = [stream(sse(*events, chunk("", "stop")) + DONE)]
+    record = await run(engine, make_request(STORY))
+    assert [delta.num_tokens for delta in record.deltas if delta.text] == [1, 2]
+
+
 async def test_gzip(start: Start) -> None:
     """A compressed answer is understood."""
     toy, engine = await start(Toy("vllm"))
@@ -718,6 +735,8 @@ async def test_gzip(start: Start) -> None:
         (stream(sse({"object": "error", "message": "no", "code": 400})), InvalidRequestError, "no"),
         (stream(sse(chunk("a"), chunk("", "error"), "[DONE]")), UpstreamError, "'error'"),
         (stream(sse(chunk("a"), chunk("", "abort"), "[DONE]")), UpstreamError, "'abort'"),
+        (stream(sse(chunk("a"), chunk("", "content_filter"), "[DONE]")), InvalidRequestError, "content filter"),
+        (stream(sse({"choices": [{"delta": {"refusal": "I will not"}}]})), InvalidRequestError, "I will not"),
         (stream(sse(chunk("a")), then="reset"), UpstreamError, "broke"),
         (answer(200, "<h1>Please log in</h1>", "text/html"), ProtocolError, "Please log in"),
         (answer(200, {"object": "error", "message": "wrong", "code": 400}), InvalidRequestError, "wrong"),
