@@ -48,13 +48,16 @@ LEASE_S = 10.0
 """A client that has not polled for this long is gone; its requests are aborted."""
 
 _REST_PER_REQUEST_S = 80e-6
-_MAX_REST_S = 0.01
+_MAX_REST_S = 0.02
 """Between two replies to a client there is at least this much time for each of its requests, up to that much.
 
 A reply costs about 0.6 ms of CPU in this process whatever is in it, nearly all of it Ray's. Of an engine whose requests
 have each a pace of their own, more would go to replies than to tokens. With few requests the wait is next to nothing.
-The most is less than engines take for a step: else their deltas would wait for most of the next one.
+It is never more than half of the time between two tokens of a request: a delta would wait for most of the next one.
 """
+
+_GAP_WINDOW_S = 0.1
+"""What that time is told by: longer than most engines' steps, for tokens come in bursts."""
 
 _MAX_BACKOFF_S = 60.0
 """The longest pause between two attempts to start the engine; the first one is 1 s, and each is twice as long."""
@@ -130,10 +133,17 @@ class _Client:
         self.num_polls = 0  # in flight; the lease runs while there is none
         self.seen_at = time.monotonic()
         self.told_at = 0.0  # when the latest delta left
+        self._token_gap_s = 0.0  # between two tokens of a request
+        self._counted = 0.0, 0  # when there were new tokens last, and how many there were by then
 
     def collect(self, statistics: EngineStatistics) -> bytes:
         """Empty the mailbox into one message."""
         self.told_at = time.monotonic()
+        counted_at, num_tokens = self._counted
+        window_s, num_new = self.told_at - counted_at, statistics.num_tokens - num_tokens
+        if window_s > _GAP_WINDOW_S and num_new:
+            self._token_gap_s = window_s * statistics.num_running / num_new
+            self._counted = self.told_at, statistics.num_tokens
         reply = PollReply([], [], self.failures, statistics)
         for work in self.dirty:
             if work.pending is not None:  # it may be here twice, once for its progress and once for its end
@@ -147,7 +157,7 @@ class _Client:
 
     async def rest(self) -> None:
         """Return when it is time for another reply."""
-        due_at = self.told_at + min(_MAX_REST_S, _REST_PER_REQUEST_S * len(self.work))
+        due_at = self.told_at + min(_MAX_REST_S, self._token_gap_s / 2, _REST_PER_REQUEST_S * len(self.work))
         if (left_s := due_at - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
 
