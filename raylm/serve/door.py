@@ -208,10 +208,11 @@ class Door:
     def _is_own_host(self, host: str) -> bool:
         """Return whether no other site can have this host: its pages would be taken for the endpoint's own.
 
-        A site can have any name of its own lead to 127.0.0.1 ("DNS rebinding"), but it has no numbers, nor localhost.
+        A site can have any name of its own lead to 127.0.0.1 ("DNS rebinding"), but has neither numbers nor a name
+        without a dot.
         """
         name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-        if not name or name == "localhost" or name.endswith(".localhost") or host in self._hosts:
+        if "." not in name or name.endswith(".localhost") or host in self._hosts:
             return True
         try:
             ipaddress.ip_address(name.strip("[]"))

@@ -106,9 +106,17 @@ LOCAL_HOSTS = (
     "[::1]:8000",
     "[::1]",
     "10.0.0.7:80",
+    "[::ffff:127.0.0.1]:80",
+    "raylm:8000",
     "",
 )
-NAMES = ("rebound.example", "rebound.example:8000", "127.0.0.1.rebound.example", "localhost.rebound.example", "a:b:c")
+NAMES = (
+    "rebound.example",
+    "rebound.example:8000",
+    "127.0.0.1.rebound.example",
+    "localhost.rebound.example",
+    "localhost.",
+)
 
 
 @pytest.mark.parametrize(("host", "status"), [*((host, 200) for host in LOCAL_HOSTS), *((host, 403) for host in NAMES)])
