@@ -22,6 +22,7 @@ ROUTES = {
     "chat_completions",
     "completions",
     "models",
+    "model",
     "create_file",
     "list_files",
     "show_file",
