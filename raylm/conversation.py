@@ -242,7 +242,8 @@ class Conversations:
                 return await self._store.pin(session_id, slot, moved_from=moved_from)
         except (TimeoutError, SessionStoreError) as error:
             # A cache is lost at worst, which is no reason to refuse the request.
-            _log.warning("session %s is pinned by this pool alone: %s", session_id, error or "the store is silent")
+            why = str(error) or "the store is silent"
+            _log.warning("session %s is pinned by this pool alone: %s", session_id, why)
             return slot
 
     async def num_sessions(self) -> int | None:

@@ -167,21 +167,18 @@ class Stream:
     @property
     def attempt(self) -> dict[str, str]:
         """How it goes, or went: `slot`, `actor`, `why`, `queue_ms` and `attempts`; empty while it waits."""
-        if (receipt := self._receipt) is not None:
-            return {
-                "slot": str(receipt.slot),
-                "actor": receipt.actor,
-                "why": receipt.why,
-                "queue-ms": f"{receipt.queue_ms:.3f}",
-                "attempts": str(receipt.attempts),
-            }
         link, reservation = self._link, self._reservation
-        if link is None or link.info is None or reservation is None:
+        if (receipt := self._receipt) is not None:
+            slot, actor, why = receipt.slot, receipt.actor, receipt.why
+        elif link is None or link.info is None or reservation is None:
             return {}
+        else:
+            slot, actor = link.number, link.info.actor
+            why = f"moved:{self._moved}" if self._moved else reservation.why
         return {
-            "slot": str(link.number),
-            "actor": link.info.actor,
-            "why": f"moved:{self._moved}" if self._moved else reservation.why,
+            "slot": str(slot),
+            "actor": actor,
+            "why": why,
             "queue-ms": f"{self._queue_s * 1e3:.3f}",
             "attempts": str(self._attempts),
         }

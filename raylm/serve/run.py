@@ -208,7 +208,6 @@ class Endpoint:
         else:
             job = ray.get_runtime_context().get_job_id()
             remember(_OWNER, f"{_controller()} {job} {int(self._owns_serve)}".encode())
-        if not update:
             asyncio.run(_end_outdated(self._config))
         problem = self._no_room()
         if problem:  # said now, for the managers wait for nodes to join before they give up

@@ -748,6 +748,8 @@ class _OpenAIWire:
         self._model = model
         self._created = int(time.time())
         self._include_usage = include_usage
+        # A chunk with text is the hot path: all of it but index and text is the same each time.
+        self._head = event(self._chunk([{"index": 0}])).rpartition(b"0}]}")[0]
 
     def _chunk(self, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
         return {
@@ -774,9 +776,6 @@ class ChatWire(_OpenAIWire):
     def __init__(self, answer_id: str, model: str, *, include_usage: bool, logprobs: bool) -> None:
         super().__init__(answer_id, model, include_usage=include_usage)
         self._logprobs = logprobs
-        # A chunk with text is the hot path: all of it but index and text is the same each time.
-        head = event(self._chunk([{"index": 0}])).rpartition(b"0}]}")[0]
-        self._head = head
 
     def begin(self, index: int) -> bytes:
         """Return the chunk with the role."""
@@ -845,7 +844,6 @@ class CompletionWire(_OpenAIWire):
         self._logprobs = logprobs
         self._echo = echo
         self._offsets = [0] * len(prompts)  # characters of each choice that were sent
-        self._head = event(self._chunk([{"index": 0}])).rpartition(b"0}]}")[0]
 
     def begin(self, index: int) -> bytes:  # noqa: ARG002 - chat has something to say here
         """Return nothing."""
