@@ -23,9 +23,16 @@ def refusal(host: str, port: int) -> str | None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now, on any address."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
+    """Return a port that nobody listens on, and that for a minute nobody else is given, by this function or the system.
+
+    A server that starts takes seconds until it listens, and the system would give a port that was only looked at to the
+    next connection. It keeps one whose last connection was closed from this side (TIME-WAIT, tcp(7)) from everyone but
+    those who name it, with SO_REUSEADDR as servers do.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+        connection, _ = listener.accept()
+        connection.close()
+        client.recv(1)  # returns when the close has come
         return int(listener.getsockname()[1])
 
 

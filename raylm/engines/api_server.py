@@ -31,7 +31,7 @@ from raylm.engines.http import HTTPEngine
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
 from raylm.models import BUILTIN_MODELS, cache_folder, max_context, model_name, resolve
-from raylm.ports import belongs_to_another, holder
+from raylm.ports import belongs_to_another, free_port, holder
 
 _POLL_S = 0.1  # between two looks at whether a starting server listens
 _PING_S = 2.0  # between two health checks of a running one
@@ -476,8 +476,8 @@ def listen_address(config: APIServerConfig) -> tuple[str, int]:
     Raises:
         EngineStartError: the port is taken; the text says by whom.
     """
-    host, port = config.server_name, config.server_port
-    if port == 0 and host == "0.0.0.0":  # noqa: S104
+    host, port = config.server_name, config.server_port or free_port()
+    if config.server_port == 0 and host == "0.0.0.0":  # noqa: S104
         host = "127.0.0.1"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
@@ -489,7 +489,7 @@ def listen_address(config: APIServerConfig) -> tuple[str, int]:
                 f"the api_server cannot listen on {host}:{port} ({error.strerror}){holder(port)}; end that, or set "
                 "server_port to another one, or to 0 for any that is free"
             ) from error
-        return host, int(listener.getsockname()[1])
+    return host, port
 
 
 async def _listens(host: str, port: int) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from raylm.ports import free_port
 
 
 def find_redis_server() -> str:
@@ -39,9 +40,7 @@ class RedisServer:
         self._program = find_redis_server()
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from raylm.ports import free_port
 
 from .manifests import CLUSTER
 
@@ -92,16 +93,13 @@ def _submit(folder: Path, *command: str, num_nodes: int = len(_NODES)) -> Submit
     srun = programs / "srun"
     srun.write_text(_SRUN)
     srun.chmod(0o755)
-    with socket.socket() as free:
-        free.bind((_NODES[0], 0))
-        port = free.getsockname()[1]
     mark = uuid.uuid4().hex
     temp = Path("/tmp") / f"raylm-{mark[:8]}"  # noqa: S108 - sockets' paths may have 107 characters
     environment = {
         **os.environ,
         "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAYLM_TEST_JOB": mark,
-        "RAYLM_RAY_PORT": str(port),
+        "RAYLM_RAY_PORT": str(free_port()),
         "STUB_TEMP": str(temp),
         "SLURMD_NODENAME": _NODES[0],
         "SLURM_JOB_NUM_NODES": str(num_nodes),
