@@ -104,7 +104,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
         Fewer tokens are asked for at least, and what is drawn is not what the beginning drew.
         """
-        if not num_tokens or (not self.min_new_tokens and self.seed is None):
+        if not self.min_new_tokens and (not num_tokens or self.seed is None):
             return self
         least = min(max(0, self.min_new_tokens - num_tokens), left)
         seed = None if self.seed is None else (self.seed + num_tokens) % (1 << 63)

@@ -353,9 +353,11 @@ def _tells_logprobs(path: str, fields: frozenset[str]) -> bool:
 
 def _parameters(server: Server, path: str, config: GenerationConfig, num_before: int) -> dict[str, Any]:
     """Return `config` as fields of a route's body."""
+    left = config.max_new_tokens - num_before
+    config = config.after(num_before, left=left)
     fields = server.fields_of(path)
     limit = "max_tokens" if "max_tokens" in fields else "max_completion_tokens"
-    body: dict[str, Any] = {"stream": True, limit: config.max_new_tokens - num_before}
+    body: dict[str, Any] = {"stream": True, limit: left}
 
     def refuse(parameter: str, neutral: str) -> None:
         raise InvalidRequestError(
@@ -377,8 +379,7 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         if config.seed is not None:
             if "seed" not in fields:
                 refuse("seed", "None")
-            # A continued answer goes on with other random numbers, not with those of its beginning again.
-            body["seed"] = (config.seed + num_before) % (1 << 63)
+            body["seed"] = config.seed
     if "repetition_penalty" in fields:
         body["repetition_penalty"] = config.repetition_penalty
     elif config.repetition_penalty != 1:
@@ -400,11 +401,11 @@ def _parameters(server: Server, path: str, config: GenerationConfig, num_before:
         if "ignore_eos" not in fields:
             refuse("ignore_eos", "False")
         body["ignore_eos"] = True
-    if (min_new_tokens := config.min_new_tokens - num_before) > 0:
+    if config.min_new_tokens:
         names = [name for name in ("min_new_tokens", "min_tokens") if name in fields]
         if not names:
             refuse("min_new_tokens", "0")
-        body[names[0]] = min_new_tokens
+        body[names[0]] = config.min_new_tokens
     if stop_words := _stop_words(server.kind, config):
         body["stop"] = stop_words
     if "return_token_ids" in fields:

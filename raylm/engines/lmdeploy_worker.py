@@ -564,6 +564,7 @@ class Worker:
             num_earlier: How many those were.
             room: Limit on new tokens.
         """
+        config = config.after(num_earlier, left=room)
         if config.temperature > _MAX_TEMPERATURE:
             raise InvalidRequestError(
                 f"temperature: lmdeploy takes at most {_MAX_TEMPERATURE:g}, got {config.temperature:g}"
@@ -577,7 +578,7 @@ class Worker:
         penalised = penalty != 1 or presence != 0 or frequency != 0
         sampling = self._generation_config(
             max_new_tokens=room,
-            min_new_tokens=min(max(0, config.min_new_tokens - num_earlier), room),
+            min_new_tokens=config.min_new_tokens,
             # Greedy decoding drops the penalties. Sampling from the one likeliest token does not.
             do_sample=not config.greedy or penalised,
             temperature=1.0 if config.greedy else config.temperature,
@@ -587,8 +588,7 @@ class Worker:
             ignore_eos=config.ignore_eos,
             logprobs=max(1, config.top_logprobs) if config.logprobs else None,
             include_stop_str_in_output=True,  # the token that ended the sequence is counted and told
-            # A continued attempt gets a seed of its own: the same one could repeat the draws of the earlier one.
-            random_seed=None if config.seed is None else (config.seed + num_earlier) % (1 << 63),
+            random_seed=config.seed,
         )
         # A special token has no text that the parent could find a stop word in.
         if stop_ids := {self._special[word] for word in config.stop_words if word in self._special}:

@@ -306,6 +306,7 @@ class Worker:
 
     def _sampling(self, config: GenerationConfig, num_generated: int, room: int, *, echo: bool) -> Any:
         """Return OpenVINO's form of `config` for a request that may generate `room` more tokens."""
+        config = config.after(num_generated, left=room)
         if config.top_logprobs:
             raise InvalidRequestError("top_logprobs: OpenVINO tells none but that of the token itself; set it to 0")
         if echo and config.logprobs and self._prefix_caching:
@@ -319,7 +320,7 @@ class Worker:
             raise InvalidRequestError("json_schema: raylm does not ask OpenVINO for it; leave it out")
         sampling = self._pipeline.get_config()  # a copy of the model's own, with its end-of-sequence ids
         sampling.max_new_tokens = room
-        sampling.min_new_tokens = min(max(0, config.min_new_tokens - num_generated), room)
+        sampling.min_new_tokens = config.min_new_tokens
         sampling.repetition_penalty = config.repetition_penalty
         sampling.presence_penalty = config.presence_penalty
         sampling.frequency_penalty = config.frequency_penalty
@@ -341,10 +342,8 @@ class Worker:
             sampling.top_p = config.top_p
             if config.top_k is not None:
                 sampling.top_k = config.top_k
-            # The generator takes 32 bits. A continued attempt gets a seed of its own, for the state of the generator
-            # of the earlier one is lost, and starting that one again would repeat its draws.
-            seed = secrets.randbits(32) if config.seed is None else config.seed + num_generated
-            sampling.rng_seed = seed % (1 << 32)
+            seed = secrets.randbits(32) if config.seed is None else config.seed
+            sampling.rng_seed = seed % (1 << 32)  # the generator takes 32 bits
         return sampling
 
     def cancel(self, key: int) -> None:

@@ -154,8 +154,8 @@ async def test_redis_is_killed(chaos: Chaos) -> None:
 
 async def test_queue_is_full(chaos: Chaos) -> None:
     """What a queue has no room for is refused at once, what it takes is answered, and nobody else notices."""
-    crowd = await chaos.crowd(num_tokens=1000)
-    asks = [chat("small", f"crowded {number}", 150) for number in range(64)]
+    crowd = await chaos.crowd(num_tokens=1500)
+    asks = [chat("small", f"crowded {number}", 400) for number in range(64)]
     chaos.struck_at = time.monotonic()
     running = [asyncio.create_task(ask.run(chaos.http)) for ask in asks]
     for ended in asyncio.as_completed(running):
