@@ -198,6 +198,7 @@ class Endpoint:
         self._owns_serve = not serve_runs()
         if self._owns_serve:
             self._check_port()
+            self._check_haproxy_ports()
         self._begun = True
         if self._owns_serve:
             serve.start(http_options=HTTPOptions(host=self._host, port=self._port))
@@ -300,6 +301,16 @@ class Endpoint:
     def _check_port(self) -> None:
         if why := refusal(self._host, self._port):
             raise EngineStartError(f"port {self._port} cannot be had: {why}; end that, or take another --port")
+
+    def _check_haproxy_ports(self) -> None:
+        """Say in a line what HAProxy would say in a page. Of a cluster that was joined the nodes know their ports."""
+        if self.proxy != "haproxy" or self._connected != "started":
+            return
+        for name in _DEFAULT_PORTS:
+            if why := refusal(self._host, int(os.environ[name])):
+                raise EngineStartError(
+                    f"port {os.environ[name]} cannot be had, which {name} names: {why}; end that, or name another"
+                )
 
     def _no_room(self) -> str:
         """Return why models that are not being served yet have no room; empty when they have."""

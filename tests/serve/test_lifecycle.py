@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from raylm.ports import holder
-from tests.serve.command import serve_command
+from raylm.ports import free_port, holder
+from tests.serve.command import HAPROXY_PORTS, serve_command
 
 ONE = {"models": [{"name": "sim", "engines": [{"kind": "simulated"}]}]}
 
@@ -45,3 +50,25 @@ def test_closed() -> None:
 
         assert command.stop() == 130
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("port", ["--port", "RAY_SERVE_HAPROXY_STATS_PORT"])
+def test_a_port_that_is_taken(port: str, tmp_path: Path) -> None:
+    """The command says in one line which port it cannot have, and who has it."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(ONE))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        ports = {name: str(free_port()) for name in ("--port", *HAPROXY_PORTS)} | {port: taken}
+        ended = subprocess.run(
+            [Path(sys.executable).parent / "raylm", "serve", file, "--port", ports.pop("--port"), "--address", "local"],
+            env={**os.environ, **ports},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=180,
+        )
+    assert ended.returncode == 3
+    (said,) = ended.stderr.splitlines()
+    assert f"port {taken} cannot be had" in said
+    assert f"process {os.getpid()} does" in said
+    assert port in said
