@@ -182,6 +182,7 @@ class TritonServer:
 
     def start(self) -> TritonServer:
         """Return when the models are loaded and requests are taken. Raises RuntimeError with the server's errors."""
+        self.stop()  # what is left of one that was killed
         log = self._folder / "log"
         # setpriv, of util-linux, ends the server if pytest is killed. Python's preexec_fn would run Python code between
         # fork and exec, beside the threads of gRPC.
