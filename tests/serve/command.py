@@ -108,13 +108,14 @@ class ServeCommand:
 
 @contextmanager
 def serve_command(
-    config: dict[str, Any] | None, *, proxy: str = "haproxy", env: dict[str, str] | None = None
+    config: dict[str, Any] | None, *, proxy: str = "haproxy", host: str = "127.0.0.1", env: dict[str, str] | None = None
 ) -> Iterator[ServeCommand]:
     """Run `raylm serve` with a configuration until the block is left.
 
     Args:
         config: What would be in the YAML file; None: there is none.
         proxy: As `--proxy`.
+        host: As `--host`.
         env: More of the environment.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-serve-") as folder:
@@ -129,6 +130,8 @@ def serve_command(
             _MAIN,
             "serve",
             *([] if config is None else [str(file)]),
+            "--host",
+            host,
             "--port",
             str(port),
             "--proxy",
@@ -144,7 +147,7 @@ def serve_command(
                 start_new_session=True,  # out of reach of whatever interrupts the tests' own group
                 env={**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}, **(env or {})},
             )
-        served = ServeCommand(f"http://127.0.0.1:{port}", process, log)
+        served = ServeCommand(f"http://{host}:{port}", process, log)
         try:
             _wait_until_up(process, log)
             yield served

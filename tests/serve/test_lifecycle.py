@@ -34,13 +34,36 @@ def test_nothing_is_left_behind(proxy: str, number: signal.Signals, tmp_path: Pa
         assert holder(port) == ""
 
 
+def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    """Return where any of them listens."""
+    connections = [connection for process in processes for connection in process.net_connections("tcp")]
+    return {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize(
+    ("proxy", "host"), [("haproxy", "127.0.0.1"), ("haproxy", "127.0.0.2"), ("python", "127.0.0.1")]
+)
+def test_it_listens_at_its_host_alone(proxy: str, host: str) -> None:
+    """Proxies and gateways listen at one address, and reach each other there."""
+    with serve_command(ONE, proxy=proxy, host=host) as command:
+        assert command.get("/v1/models").status_code == 200
+        (gateway,) = command.processes("ray::ServeReplica:raylm:gateway")
+        (proxy_actor,) = command.processes("ray::ProxyActor")
+        port = int(command.url.rpartition(":")[2])
+        ours = {port, int(gateway.environ()["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]), *range(30000, 31001)}
+        found = listening([gateway, proxy_actor, *command.processes("bin/haproxy")])
+        assert {address for address, number in found if number in ours} == {host}
+        assert len({number for _, number in found if number in ours}) == (3 if proxy == "haproxy" else 1)
+
+
 def test_closed() -> None:
-    """HAProxy is open to this machine, and its socket to this user; nothing of that stays."""
-    with serve_command(ONE) as command:
+    """HAProxy's figures are for this machine, and its socket is for this user; nothing of that stays."""
+    with serve_command(ONE, proxy="auto") as command:
+        assert "through haproxy" in command.log.read_text()
         (haproxy, *_) = command.processes("bin/haproxy")
-        listening = {each.laddr for each in haproxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
-        assert len({address.port for address in listening}) == 3  # clients, metrics, statistics
-        assert {address.ip for address in listening} == {"127.0.0.1"}
+        found = listening([haproxy])
+        assert len({port for _, port in found}) == 3  # clients, metrics, statistics
+        assert {address for address, _ in found} == {"127.0.0.1"}
 
         arguments = haproxy.cmdline()
         of_node = Path(arguments[arguments.index("-f") + 1]).parent

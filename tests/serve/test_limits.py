@@ -455,6 +455,23 @@ def test_deadline_of_a_list(strict_endpoint: ServeCommand) -> None:
     assert [result["error"]["type"] for result in response.json()["results"]] == ["RequestTimeoutError"] * 2
 
 
+def test_two_sessions_of_one_name(strict_endpoint: ServeCommand) -> None:
+    """Where two models have a session of that name each, the one that is meant has to be named."""
+    for model in ("slow", "none"):
+        turn = {"model": model, "prompt": "one", "max_tokens": 1, "session_id": "both", "sequence_start": True}
+        assert strict_endpoint.post("/v1/completions", turn, headers=KEY).status_code == 200
+    url = f"{strict_endpoint.url}/sessions/both"
+    for refused in (
+        requests.get(url, headers=KEY, timeout=60),
+        requests.delete(url, headers=KEY, timeout=60),
+        requests.post(f"{url}/fork", json={"session_id": "third"}, headers=KEY, timeout=60),
+    ):
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "model"
+    assert requests.delete(f"{url}?model=none", headers=KEY, timeout=60).status_code == 200
+    assert requests.get(url, headers=KEY, timeout=60).json()["model"] == "slow"
+
+
 def test_cancel_without_managers(strict_endpoint: ServeCommand) -> None:
     """A request is cancelled at its own gateway whatever the managers of the models do."""
     name = uuid.uuid4().hex
@@ -478,15 +495,30 @@ def test_cancel_without_managers(strict_endpoint: ServeCommand) -> None:
 # The log
 
 
-def _log_lines(endpoint: ServeCommand) -> list[dict[str, Any]]:
+def _log_folder(endpoint: ServeCommand) -> Path:
     (raylet,) = endpoint.processes("raylet/raylet")
     found = re.search(r"--session[-_]dir=(\S+)", " ".join(raylet.cmdline()))
     assert found is not None
+    return Path(found[1], "logs")
+
+
+def _log_lines(endpoint: ServeCommand) -> list[dict[str, Any]]:
     lines = []
-    for file in Path(found[1], "logs").rglob("worker-*.err"):
+    for file in _log_folder(endpoint).rglob("worker-*.err"):
         # The last one may be half written. Names may have line separators of Unicode in them.
         lines += [json.loads(line) for line in file.read_text().split("\n")[:-1] if line.startswith("{")]
     return lines
+
+
+def test_no_key_is_in_the_log(strict_endpoint: ServeCommand) -> None:
+    """Neither a key that opens the endpoint nor one that does not is written anywhere in Ray's folder."""
+    keys = (*KEYS, uuid.uuid4().hex)
+    for key in keys:
+        path = f"/requests/{uuid.uuid4().hex}/cancel"
+        strict_endpoint.post(path, headers={"Authorization": f"Bearer {key}"})
+        wait_for(lambda path=path: any(line.get("path") == path for line in _log_lines(strict_endpoint)))
+    written = b"".join(file.read_bytes() for file in _log_folder(strict_endpoint).rglob("*") if file.is_file())
+    assert not [key for key in keys if key.encode() in written]
 
 
 def test_log(simulated_endpoint: ServeCommand) -> None:

@@ -296,6 +296,27 @@ def test_real_model(real_endpoint: ServeCommand) -> None:
     assert streamed == whole.choices[0].message.content
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_the_seeds_fields_on_the_real_model(real_endpoint: ServeCommand, route: str) -> None:
+    """Fields that OpenAI does not have do to the answer what they say."""
+    question = "What is the capital of France?"
+    prompts = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": question}]},
+        "/v1/completions": {"prompt": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"},
+    }
+
+    def ask(**fields: Any) -> tuple[str, str]:
+        body = {**prompts[route], "max_tokens": 40, "temperature": 0, **fields}
+        (choice,) = real_endpoint.post(route, body).json()["choices"]
+        return choice["finish_reason"], choice.get("text") or choice["message"]["content"]
+
+    assert ask()[0] == "stop"
+    reason, greedy = ask(ignore_eos=True)
+    assert reason == "length"
+    assert ask(ignore_eos=True, temperature=1.5, top_k=1) == ("length", greedy)
+    assert ask(ignore_eos=True, repetition_penalty=1.9) != ("length", greedy)
+
+
 def test_schema_on_the_real_model(real_endpoint: ServeCommand) -> None:
     """A schema that the engine does not hold to is refused by the name it has on the wire, and not left out."""
     schema = {"name": "city", "schema": {"type": "object", "properties": {"name": {"type": "string"}}}}

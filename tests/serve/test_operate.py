@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -56,7 +57,7 @@ wait = partial(wait_for, timeout_s=_TIMEOUT_S)
 class Cluster:
     """A Ray cluster that lasts, as `ray start` makes one, and the command line on it."""
 
-    def __init__(self, folder: Path, proxy: str) -> None:
+    def __init__(self, folder: Path, proxy: str, environment: Mapping[str, str]) -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}}
@@ -65,15 +66,16 @@ class Cluster:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of the 30 s that each end would take
             "RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy")),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylm-haproxy"),
+            **environment,
         }
         self._config = folder / "serve.yaml"
-        self._dashboard_port = free_port()
+        self.dashboard_port = free_port()
         command = ["ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
         command += [f"--port={self.address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1"]
         command += [
             f"--temp-dir={folder}",
             f"--object-store-memory={100 * 2**20}",
-            f"--dashboard-port={self._dashboard_port}",
+            f"--dashboard-port={self.dashboard_port}",
         ]
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += ["--disable-usage-stats"]
@@ -152,13 +154,14 @@ class Cluster:
                 process.communicate(timeout=_TIMEOUT_S)
 
     def deploy(self, *engines: dict[str, Any]) -> None:
-        """Have a model consist of these engines, as `serve deploy` does it."""
+        """Have a model consist of these engines, or of what the file in `cluster/` has, as `serve deploy` does it."""
         settings = yaml.safe_load(_SERVE_FILE.read_text())
         settings["http_options"] = {"host": "127.0.0.1", "port": self.port}
-        settings["applications"][0]["args"]["models"] = [{"name": "sim", "engines": list(engines)}]
+        if engines:
+            settings["applications"][0]["args"]["models"] = [{"name": "sim", "engines": list(engines)}]
         self._config.write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(self._config)]
-        command += ["--address", f"http://127.0.0.1:{self._dashboard_port}"]
+        command += ["--address", f"http://127.0.0.1:{self.dashboard_port}"]
 
         def deployed() -> bool:  # its dashboard comes up some seconds after the cluster
             result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False, env=self.environment)
@@ -204,10 +207,15 @@ class Cluster:
 
 
 @contextmanager
-def a_cluster(proxy: str = "python") -> Iterator[Cluster]:
-    """A cluster on which nothing of raylm runs, and where Serve is going to have this proxy."""
+def a_cluster(proxy: str = "python", **environment: str) -> Iterator[Cluster]:
+    """A cluster on which nothing of raylm runs, and where Serve is going to have this proxy.
+
+    Args:
+        proxy: `haproxy` or `python`.
+        environment: More of its nodes' environment.
+    """
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # sockets take short names
-        cluster = Cluster(Path(folder), proxy)
+        cluster = Cluster(Path(folder), proxy, environment)
         try:
             yield cluster
         finally:
@@ -427,6 +435,35 @@ def test_serve_deploy(cluster: Cluster) -> None:
     wait(lambda: cluster.generate("hello")["receipt"]["model"] == "second")
     cluster.told("down")
     assert "nothing is served" in cluster.told("status")
+
+
+def test_the_file_that_is_deployed() -> None:
+    """It answers as it is, on nodes that have the environment which `cluster/` names, and the nodes ask for a token."""
+    with a_cluster("haproxy", **_environment_of_nodes()) as cluster:
+        cluster.deploy()
+        wait(cluster.is_healthy)
+        asked = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 12}
+        url = f"http://127.0.0.1:{cluster.port}/v1/chat/completions"
+        answer = requests.post(url, json={**asked, "temperature": 0}, timeout=120)
+        assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+        refused = requests.post(url, data=b"{}", headers={"x-session-id": "\x80"}, timeout=60)
+        assert refused.status_code == 400  # by what RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names
+        dashboard = f"http://127.0.0.1:{cluster.dashboard_port}/api/serve/applications/"
+        assert requests.get(dashboard, timeout=60).status_code == 401
+
+
+def _environment_of_nodes() -> dict[str, str]:
+    """Return what the README in `cluster/` has nodes export, and a token."""
+    text = (_SERVE_FILE.parent / "README.md").read_text()
+    exports = re.findall(
+        r"^export RAY_.*$", text.partition("## `serve.yaml`")[2].partition("ray start")[0], re.MULTILINE
+    )
+    assert len(exports) == 4
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = ["bash", "-c", "\n".join([*exports, "exec env -0"])]
+    told = subprocess.run(shell, env={"PATH": path}, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = dict(line.split("=", 1) for line in told.split("\0") if line.startswith("RAY_"))
+    return {**found, "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
 
 
 def test_down_leaves_nothing(cluster: Cluster) -> None:

@@ -107,23 +107,28 @@ export async function cancelRequest(requestId) {
   }
 }
 
+/** Another model may have a session of the same name. */
+function sessionPath(id, model) {
+  return `sessions/${encodeURIComponent(id)}?model=${encodeURIComponent(model)}`;
+}
+
 /** Return a session's transcript. */
-export function loadSession(id) {
-  return getJson(`sessions/${encodeURIComponent(id)}`);
+export function loadSession(id, model) {
+  return getJson(sessionPath(id, model));
 }
 
 /** End a session. One that the server has forgotten already is no error. */
-export async function endSession(id) {
+export async function endSession(id, model) {
   try {
-    await send(`sessions/${encodeURIComponent(id)}`, { method: "DELETE" });
+    await send(sessionPath(id, model), { method: "DELETE" });
   } catch (error) {
     if (error.status !== 404) throw error;
   }
 }
 
 /** Copy a session's transcript to a new session. */
-export function forkSession(id, newId) {
-  return post(`sessions/${encodeURIComponent(id)}/fork`, { session_id: newId });
+export function forkSession(id, newId, model) {
+  return post(`sessions/${encodeURIComponent(id)}/fork`, { session_id: newId, model });
 }
 
 /** Return a new id. (`crypto.randomUUID` exists on secure origins only.) */

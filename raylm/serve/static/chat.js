@@ -60,7 +60,7 @@ export class Chat {
   /** Open the sessions that this tab had before it was loaded again, or a new one. */
   #restore() {
     const stored = JSON.parse(sessionStorage.getItem(STORED) ?? "[]");
-    const sessions = stored.map(({ id, number }) => this.#add({ id, number }));
+    const sessions = stored.map((session) => this.#add(session));
     this.#select(sessions[stored.findIndex(({ current }) => current)] ?? sessions[0] ?? this.#add());
     for (const session of sessions) {
       session.restore().catch((error) => {
@@ -88,12 +88,16 @@ export class Chat {
     this.#showAdvice();
   }
 
-  #add({ id = newId(), number = this.#number + 1 } = {}) {
+  #add({
+    id = newId(),
+    number = this.#number + 1,
+    model = this.#current?.model ?? this.#models[0]?.id ?? "",
+  } = {}) {
     this.#number = Math.max(this.#number, number);
     const session = new Session({
       id,
       number,
-      model: this.#current?.model ?? this.#models[0]?.id ?? "",
+      model,
       system: this.#current?.system ?? "",
       parameters: readParameters,
       onChange: () => this.#show(),
@@ -194,7 +198,7 @@ export class Chat {
     this.#settings.show(this.#models, session);
     this.#showAdvice();
     const open = this.#sessions.filter(({ started, ended }) => started && !ended);
-    const stored = open.map(({ id, number }) => ({ id, number, current: id === session.id }));
+    const stored = open.map(({ id, number, model }) => ({ id, number, model, current: id === session.id }));
     sessionStorage.setItem(STORED, JSON.stringify(stored));
   }
 

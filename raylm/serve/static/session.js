@@ -117,13 +117,13 @@ export class Session {
 
   async end() {
     await this.stop();
-    if (this.started) await endSession(this.id);
+    if (this.started) await endSession(this.id, this.model);
     this.#close("Session ended. The server has forgotten it.");
   }
 
   /** Copy the transcript into `copy`, which goes its own way from here. */
   async fork(copy) {
-    await forkSession(this.id, copy.id);
+    await forkSession(this.id, copy.id, this.model);
     await copy.restore();
     copy.remark(`Copy of session ${this.number}`);
   }
@@ -134,7 +134,7 @@ export class Session {
     this.#loading = true;
     this.#onChange(this);
     try {
-      this.#recall(await loadSession(this.id));
+      this.#recall(await loadSession(this.id, this.model));
     } finally {
       this.#loading = false;
       this.#onChange(this);
