@@ -486,18 +486,19 @@ class AsyncServedModel(AsyncChatbot):
         self._served: ServedPool | None = None
 
     async def start(self) -> Self:
-        """Connect to Ray and join the pools of the model; returns when every slot is up.
+        """Connect to Ray and join the pools of the model; returns when some slot is up, or there is none.
 
         Raises:
             ModelNotFoundError: no model of that name is served on the cluster.
             PlacementError: there is no cluster at the address.
-            EngineStartError: an engine does not start; the text says what to do.
+            EngineStartError: no engine could be started; the text says what to do.
+            NoActorError: the manager of the model is being restarted.
         """
         if not ray.is_initialized():
             self._owns_ray = await asyncio.to_thread(connect, self._address) is not None
         try:
             self._served = await ServedPool.open(self._model)
-            await self._served.ready()
+            await self._served.answering()
         except BaseException:
             await self.aclose()
             raise

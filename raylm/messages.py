@@ -180,8 +180,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
         prompt_token_ids: The model's tokens, taken as they are.
         messages: A conversation; the engine applies its model's own chat template.
         config: How to generate.
-        stream: True to see deltas as they are produced. False lets the actor hold them back: at most one a second
-            leaves it before the last.
+        stream: True to see deltas as they are produced. False lets the actor hold them back: at most four a second
+            leave it before the last.
         generated: What earlier attempts produced, when this one continues them.
         session_id: The session that this is a turn of, for engines whose back end can keep state between turns. The
             prompt or the messages are whole all the same.

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -139,8 +140,9 @@ async def down() -> list[str]:
     served = sorted(await asyncio.to_thread(served_models))
     for actor in await asyncio.to_thread(named_actors):
         if actor.rpartition(":")[0] not in served:  # batches, whose rows must not fail for want of the model
-            ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
-            ended.append(f"actor {actor}")
+            with suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(actor, namespace=NAMESPACE), no_restart=True)
+                ended.append(f"actor {actor}")
     await asyncio.gather(*(end(model) for model in served))
     return ended + served
 

@@ -92,6 +92,9 @@ _HISTORY = 512
 _HISTORY_FACTOR = 8
 """The bound is this many times the slowest of them."""
 
+_MOST_GIVEN_UP = 1000
+"""Requests that were given up while they waited are kept in their queues up to this number, and that of the others."""
+
 _log = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -164,6 +167,7 @@ class Pool:
         self._pinned: dict[int, dict[Lane, deque[Stream]]] = {}
         self._pinned_due: set[int] = set()
         self._num_waiting: Counter[Lane] = Counter()
+        self._num_given_up = 0  # while they waited, since the last sweep
         self._batch_credit = 0.0
         self._dispatch_due = False
         self._keys = itertools.count(1)
@@ -602,11 +606,11 @@ class Pool:
 
     # Queue and dispatch
 
+    def _queues(self) -> list[deque[Stream]]:
+        return [self._suspects, *(queue for lanes in (self._lanes, *self._pinned.values()) for queue in lanes.values())]
+
     def _waiting(self) -> Iterable[Stream]:
-        queues = [self._suspects]
-        for lanes in (self._lanes, *self._pinned.values()):
-            queues += lanes.values()
-        return [stream for queue in queues for stream in queue if not stream.done]
+        return [stream for queue in self._queues() for stream in queue if not stream.done]
 
     def _queue_of(self, stream: Stream) -> deque[Stream]:
         if stream._suspect:
@@ -648,36 +652,37 @@ class Pool:
         due, self._pinned_due = self._pinned_due, set()
         for number in due:
             if (lanes := self._pinned.get(number)) is not None:
-                self._drain_lanes(lanes, in_order=True)
+                self._drain_lanes(lanes, slot=number)
                 if not any(lanes.values()):
                     del self._pinned[number]
-        self._drain(self._suspects, in_order=True)
+        self._drain(self._suspects)
         self._drain_lanes(self._lanes)
 
-    def _drain_lanes(self, lanes: Mapping[Lane, deque[Stream]], *, in_order: bool = False) -> None:
+    def _drain_lanes(self, lanes: Mapping[Lane, deque[Stream]], *, slot: int | None = None) -> None:
         """Send from both lanes, and from that of requests in no hurry no more than its share. See `_drain`."""
         interactive, batch = lanes["interactive"], lanes["batch"]
         while interactive and batch and self.router.has_room(spare=True):
             self._batch_credit += self.config.batch_share
             if self._batch_credit >= 1:
                 self._batch_credit -= 1
-                sent = self._drain(batch, most=1, in_order=in_order, spare=True)
+                sent = self._drain(batch, most=1, slot=slot, spare=True)
             else:
-                sent = self._drain(interactive, most=1, in_order=in_order)
+                sent = self._drain(interactive, most=1, slot=slot)
             if not sent:
                 break  # the room that there is is not for these
-        self._drain(interactive, in_order=in_order)
-        self._drain(batch, in_order=in_order, spare=True)
+        self._drain(interactive, slot=slot)
+        self._drain(batch, slot=slot, spare=True)
 
     def _drain(
-        self, queue: deque[Stream], *, most: int | None = None, in_order: bool = False, spare: bool = False
+        self, queue: deque[Stream], *, most: int | None = None, slot: int | None = None, spare: bool = False
     ) -> int:
         """Send from the head of a queue until it is empty, or nothing has room, or `most` are sent; return how many.
 
         Args:
             queue: The queue.
             most: How many to send at most; None: no limit.
-            in_order: Stop at the first that has to wait, because those behind it wait for the same.
+            slot: The one that all of the queue wait for, so that none is sent past one that has to wait. Those whose
+                session has another slot by now go to the queue of that.
             spare: Leave the reserve of each slot alone.
         """
         kept = []  # have to wait for a slot that is not among those with room
@@ -686,13 +691,17 @@ class Pool:
             stream = queue.popleft()
             if stream.done:
                 continue
+            if slot is not None and (other := self._queue_of(stream)) is not queue:
+                other.append(stream)
+                self._dispatch_soon()
+                continue
             trial = self._trials_at_once if stream._suspect else None
             reservation = self.router.choose(
                 stream._tokens, stream._session_id, stream._avoid, trial=trial, spare=spare
             )
             if reservation is None:
                 kept.append(stream)
-                if in_order:
+                if slot is not None:
                     break
                 continue
             self._num_waiting[stream._lane] -= 1
@@ -744,7 +753,8 @@ class Pool:
 
     def _settle(self, stream: Stream, *, receipt: Receipt | None = None, error: RaylmError | None = None) -> None:
         """End a request. The one place where it becomes done."""
-        if stream._link is None:
+        waits = stream._link is None
+        if waits:
             self._num_waiting[stream._lane] -= 1  # it is still in a queue, which passes over what is done
         self._leave(stream)
         stream._receipt = receipt
@@ -762,6 +772,18 @@ class Pool:
         stream._wake()
         if stream._ended is not None:
             stream._ended()
+        if waits:
+            self._num_given_up += 1
+            if self._num_given_up > _MOST_GIVEN_UP + self._num_waiting.total():
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Take what is done out of the queues: these may not move for hours, while clients come and go."""
+        self._num_given_up = 0
+        for queue in self._queues():
+            waiting = [stream for stream in queue if not stream.done]
+            queue.clear()
+            queue.extend(waiting)
 
     def _finish(self, stream: Stream, last: Delta) -> None:
         link, reservation = stream._link, stream._reservation
@@ -804,14 +826,21 @@ class Pool:
             # A slot that fails at once has always room, and would draw all requests to it.
             self._suspect(link, rest_s=error.retry_after_s or (_UPSTREAM_PROBE_S if full else 0))
 
-    def _move(self, stream: Stream, cause: str, error: RaylmError) -> None:
-        """Give up the current attempt and queue the next one, or fail with `error` when none is left."""
+    def _move(self, stream: Stream, cause: str, error: RaylmError, *, tried: bool = True) -> None:
+        """Give up the current attempt and queue the next one, or fail with `error` when none is left.
+
+        Args:
+            stream: What is moved.
+            cause: Why.
+            error: What it fails with.
+            tried: It has reached its actor.
+        """
         link = stream._link
         if link is None:
             return
         if stream._spoke:
             stream._fruitless = 0
-        elif cause not in ("drained", "full"):  # nothing has failed
+        elif tried and cause not in ("drained", "full"):  # else nothing has failed
             stream._fruitless += 1
         if self._ended is not None or stream._fruitless >= self.config.max_attempts:
             self._settle(stream, error=self._ended or error)
@@ -870,10 +899,11 @@ class Pool:
         # From the last to the first, each to the head of its queue: order is kept.
         for stream in reversed(streams):
             if stream is not culprit:
-                if stream._key not in unsent:
+                tried = stream._key not in unsent
+                if tried:
                     stream._suspect = died and culprit is None and (stream._on_trial or not on_trial)
                 lost = ActorLostError(f"slot {link.number}: {why}")
-                self._move(stream, "died" if died else "lease", lost)
+                self._move(stream, "died" if died else "lease", lost, tried=tried)
         # One at a time is certain: who is on trial at a second death is the culprit. Of several, each is tried again.
         num_slots = max(1, self.num_up)
         num_waves = math.ceil(len(self._suspects) / num_slots / _TRIALS_IN_A_ROW)

@@ -77,7 +77,11 @@ class ServedPool:
 
         pool = Pool(config.pool, replace=replace, guided=True)
         served = cls(manager, config, pool, store)
-        await served._watch_once()
+        try:
+            await told(served._watch_once())
+        except BaseException:
+            await served.aclose()
+            raise
         served._tasks.start(served._watch())
         return served
 
@@ -89,6 +93,22 @@ class ServedPool:
             ModelNotFoundError: the model has been ended meanwhile.
         """
         await asyncio.gather(*self.pool.settled())
+
+    async def answering(self) -> None:
+        """Wait until some slot is up. There may be none to wait for, or others that have no room or do not start.
+
+        Raises:
+            EngineStartError: no engine could be started; the text says what to do.
+            ModelNotFoundError: the model has been ended meanwhile.
+        """
+        pending = set(self.pool.settled())
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            errors = [error for each in done if (error := each.exception()) is not None]
+            if len(errors) < len(done):
+                return
+            if not pending:
+                raise errors[-1]
 
     @property
     def answers(self) -> bool:

@@ -1,6 +1,7 @@
 """Queueing, limits and aborting: one pool on real actors with the simulated engine."""
 
 import asyncio
+import gc
 import time
 from contextlib import suppress
 from itertools import product
@@ -24,6 +25,7 @@ from raylm.errors import (
 )
 from raylm.messages import Completion, GenerationConfig, Message, Request
 from raylm.pool import Pool
+from raylm.stream import Stream
 
 from .conftest import Running, StartPool, ask
 
@@ -360,6 +362,25 @@ async def test_a_pinned_session_waits_for_its_slot(start_pool: StartPool) -> Non
     assert ((await second.completion()).receipt.slot, (await second.completion()).receipt.why) == (0, "pinned")
 
 
+async def test_a_session_that_has_another_slot_by_now_blocks_nobody(start_pool: StartPool) -> None:
+    """Behind its requests others wait for the slot that it had, and get that as soon as it has room."""
+    running = await start_pool(ONE_AT_A_TIME, ONE_AT_A_TIME)
+    pin = running.pool.router.pin
+    for session, slot in (("moves", 0), ("stays", 0), ("there", 1)):
+        pin(session, slot)
+    here = running.pool.stream(ask("here", 1000), session_id="stays")
+    there = running.pool.stream(ask("there", 1000), session_id="there")
+    await asyncio.gather(anext(here), anext(there))
+    moved = running.pool.stream(ask("moved", 2), session_id="moves")
+    behind = running.pool.stream(ask("behind", 2), session_id="stays")
+    pin("moves", 1)
+    here.abort()
+    assert (await behind.completion()).receipt.slot == 0
+    assert not moved.done
+    there.abort()
+    assert (await moved.completion()).receipt.slot == 1
+
+
 async def test_a_session_leaves_a_slot_that_is_drained(start_pool: StartPool) -> None:
     """What waits for a full slot goes to another as soon as that one is drained."""
     running = await start_pool(ONE_AT_A_TIME, ONE_AT_A_TIME)
@@ -499,6 +520,17 @@ async def test_no_pool_no_room() -> None:
     async with Pool() as pool:
         with pytest.raises(NoActorError):
             await pool.generate(ask("hi"), timeout_s=0.05)
+
+
+async def test_what_was_given_up_is_let_go() -> None:
+    """Requests that are aborted while nothing has room do not stay in memory; those that still wait do."""
+    async with Pool() as pool:
+        waiting = pool.stream(ask("waiting"))
+        for number in range(3000):
+            pool.stream(ask(f"given up {number}")).abort()
+        gc.collect()
+        assert sum(isinstance(left, Stream) and left.done for left in gc.get_objects()) < 1500
+        assert (pool.statistics().num_waiting, waiting.done) == (1, False)
 
 
 async def test_times_of_tokens_are_those_of_streams(start_pool: StartPool) -> None:

@@ -21,6 +21,7 @@ from raylm.actors import manager_actor
 from raylm.actors.cluster import actor_record
 from raylm.actors.manager import named_actors
 from raylm.actors.manager_actor import end, find, serve, told
+from raylm.chatbot import AsyncServedModel
 from raylm.config import ModelConfig
 from raylm.engines.simulated import greedy_text
 from raylm.errors import (
@@ -384,6 +385,16 @@ async def test_an_engine_that_does_not_start(serve_model: Serve) -> None:
     await told(served.manager.drain.remote(failed.slot))
     slots = await served.slots(lambda slots: sorted(slot.state for slot in slots) == ["failed", "up"] and slots)
     assert max(slot.slot for slot in slots) > failed.slot
+
+
+@pytest.mark.parametrize(("other", "state"), [(BROKEN, "failed"), (NO_ROOM, "waiting")])
+async def test_a_slot_that_does_not_come_up(serve_model: Serve, other: dict[str, Any], state: str) -> None:
+    """Whoever connects meanwhile is answered by those that are up."""
+    served = await serve_model(SIMULATED)
+    await served.update(SIMULATED, {**other, "replicas": 1})
+    await served.slots(lambda slots: sorted(slot.state for slot in slots) == sorted(["up", state]))
+    async with AsyncServedModel(NAME) as model:
+        assert await model.generate("hello", max_new_tokens=4) != ""
 
 
 async def test_an_actor_that_is_ended_for_good(serve_model: Serve) -> None:
