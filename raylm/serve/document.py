@@ -78,6 +78,15 @@ _MEANINGS = {
     504: "The request's deadline passed.",
 }
 
+_TURNS = ("chat_completions", "completions", "generate", "stream_chat")
+
+_SESSION_HEADER = {
+    "name": "x-session-id",
+    "in": "header",
+    "description": "As session_id in the body. One of the two is enough.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200},
+}
+
 _SECOND_ANSWERS = {"cancel_request": {202: {_JSON: schema.Cancelled}}}
 
 _ANSWERS: dict[str, tuple[dict[str, Any], tuple[type[RaylmError], ...]]] = {
@@ -126,6 +135,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"] = _responses(operation["operationId"])
+            if operation["operationId"] in _TURNS:
+                operation.setdefault("parameters", []).append(_SESSION_HEADER)
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"key": []}]  # where no keys are configured, and where some are
     return document

@@ -243,8 +243,6 @@ class Gateway:
             if not (body.sequence_start and body.sequence_end):
                 raise InvalidRequestError("inputs: a session's transcript takes one prompt at a time, not a list")
             self._check_number("inputs", len(body.inputs))
-            if "" in body.inputs:
-                raise InvalidRequestError(f"inputs[{body.inputs.index('')}]: the prompt is empty")
             requests = [
                 _raw_request(f"{request_id}/{index}", prompt, config) for index, prompt in enumerate(body.inputs)
             ]
@@ -354,7 +352,10 @@ class Gateway:
 
     async def metrics(self) -> Response:
         """Return the same for Prometheus."""
-        return Response(render(await self._states(), self.batches.counts), media_type=CONTENT_TYPE)
+        known = [
+            state for state in await self._states() if not state.problem
+        ]  # counters that fall to 0 would be events
+        return Response(render(known, self.batches.counts), media_type=CONTENT_TYPE)
 
     async def page(self) -> Response:
         """Return the page."""
@@ -475,7 +476,22 @@ class Gateway:
         return found[0]
 
     async def _states(self) -> list[ModelState]:
-        return list(await asyncio.gather(*(served.state() for served in self._still_served)))
+        """Return what each model does; of one whose manager does not answer only that, unless none of them does."""
+        served = self._still_served
+        states: list[ModelState] = []
+        errors: list[NoActorError] = []
+        for each, found in zip(
+            served, await asyncio.gather(*(each.state() for each in served), return_exceptions=True), strict=True
+        ):
+            if isinstance(found, NoActorError):
+                errors.append(found)
+                found = ModelState(name=each.config.name, problem=str(found))
+            if isinstance(found, BaseException):
+                raise found
+            states.append(found)
+        if errors and len(errors) == len(states):
+            raise errors[0]
+        return states
 
 
 class _StatusStream(EventStream):

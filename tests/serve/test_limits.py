@@ -472,6 +472,22 @@ def test_two_sessions_of_one_name(strict_endpoint: ServeCommand) -> None:
     assert requests.get(url, headers=KEY, timeout=60).json()["model"] == "slow"
 
 
+def test_state_without_one_manager(strict_endpoint: ServeCommand) -> None:
+    """Where the manager of one model does not answer, the others are told of all the same."""
+    manager, _ = strict_endpoint.processes("ray::ManagerActor")
+    manager.suspend()
+    try:
+        models = strict_endpoint.get("/state", headers=KEY).json()["models"]
+        metrics = strict_endpoint.get("/metrics", headers=KEY).text
+    finally:
+        manager.resume()
+    (silent,) = (model["name"] for model in models if "has not answered" in model["problem"])
+    (other,) = (model["name"] for model in models if model["slots"])
+    assert {silent, other} == {"slow", "none"}
+    assert f'raylm_requests_total{{model="{other}"}}' in metrics
+    assert f'model="{silent}"' not in metrics
+
+
 def test_cancel_without_managers(strict_endpoint: ServeCommand) -> None:
     """A request is cancelled at its own gateway whatever the managers of the models do."""
     name = uuid.uuid4().hex

@@ -10,6 +10,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase
+from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -81,12 +82,13 @@ def _shorten(route: str, body: Any) -> None:
         body[limit] = 4
 
 
+@pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("route", sorted(ROUTES))
-def test_declared(document: Any, session: requests.Session, route: str) -> None:
-    """Whatever is sent, no answer is a failure of the server, and each is as the document says."""
+def test_declared(document: Any, session: requests.Session, route: str, mode: GenerationMode) -> None:
+    """Whatever is sent, right or wrong, no answer is a failure of the server, and each is as the document says."""
     operation = document.find_operation_by_id(route)
 
-    @hypothesis.given(case=operation.as_strategy())
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     @hypothesis.settings(
         max_examples=150,
         deadline=None,

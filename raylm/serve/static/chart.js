@@ -10,6 +10,16 @@ const HEIGHT = 100;
 /** How many tints there are; slots take them in turn. */
 export const NUM_TINTS = 4;
 
+/** What a key makes of the age that is read. The newest is at the right. */
+const AGES = {
+  ArrowLeft: (age) => age + 1000,
+  ArrowRight: (age) => age - 1000,
+  PageUp: (age) => age + 10000,
+  PageDown: (age) => age - 10000,
+  Home: () => WINDOW,
+  End: () => 0,
+};
+
 function svg(tag, attributes) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -32,7 +42,8 @@ export class Chart {
   #top = element("span", { class: "top" });
   #middle = element("span", { class: "middle" });
   #readout = element("span", { class: "readout" });
-  #hoverAge = null;
+  #slider;
+  #age = null; // of the moment that is read, in milliseconds
 
   constructor() {
     this.#plot = svg("svg", {
@@ -46,17 +57,37 @@ export class Chart {
     this.#plot.append(this.#areas, this.#cursor);
     this.#plot.addEventListener("pointermove", (event) => {
       const { left, width } = this.#plot.getBoundingClientRect();
-      this.#hoverAge = WINDOW * (1 - (event.clientX - left) / width);
-      this.#showReadout();
+      this.#read(WINDOW * (1 - (event.clientX - left) / width));
     });
-    this.#plot.addEventListener("pointerleave", () => {
-      this.#hoverAge = null;
-      this.#showReadout();
-    });
+    this.#plot.addEventListener("pointerleave", () => this.#read(null));
+    this.#slider = element(
+      "div",
+      {
+        class: "plot",
+        role: "slider",
+        tabindex: "0",
+        "aria-label": "Tokens per second at a moment, in seconds ago",
+        "aria-valuemin": "0",
+        "aria-valuemax": String(WINDOW / 1000),
+        "aria-valuenow": "0",
+        keydown: (event) => {
+          const age = AGES[event.key]?.(this.#age ?? 0);
+          if (age === undefined) return;
+          event.preventDefault();
+          this.#read(Math.min(WINDOW, Math.max(0, age)));
+        },
+        focus: () => this.#read(0),
+        blur: () => this.#read(null),
+      },
+      this.#plot,
+      this.#top,
+      this.#middle,
+      this.#readout,
+    );
     this.element = element(
       "figure",
       { class: "chart" },
-      element("div", { class: "plot" }, this.#plot, this.#top, this.#middle, this.#readout),
+      this.#slider,
       element(
         "figcaption",
         { class: "axis" },
@@ -114,18 +145,29 @@ export class Chart {
     return segments.filter((indices) => indices.length > 1);
   }
 
+  #read(age) {
+    this.#age = age;
+    this.#showReadout();
+    // Not at each redraw, which a screen reader would tell once a second.
+    this.#slider.setAttribute("aria-valuenow", String(Math.round((age ?? 0) / 1000)));
+    this.#slider.setAttribute("aria-valuetext", this.#readout.textContent);
+  }
+
   #showReadout() {
     const now = this.#samples.at(-1)?.at;
-    const shown = this.#hoverAge !== null && now !== undefined;
+    const shown = this.#age !== null && now !== undefined;
     this.#cursor.setAttribute("visibility", shown ? "visible" : "hidden");
-    if (!shown) return setText(this.#readout, "");
-    const distance = ({ at }) => Math.abs(now - at - this.#hoverAge);
+    if (!shown) {
+      setText(this.#readout, "");
+      return;
+    }
+    const distance = ({ at }) => Math.abs(now - at - this.#age);
     const nearest = this.#samples.reduce((best, sample) => (distance(sample) < distance(best) ? sample : best));
     const age = Math.round((now - nearest.at) / 1000);
     const x = WIDTH - age;
     this.#cursor.setAttribute("x1", x);
     this.#cursor.setAttribute("x2", x);
-    return setText(
+    setText(
       this.#readout,
       nearest.gap ? `${age} s ago: not known` : `${age} s ago: ${sum(nearest.rates).toFixed(1)} tok/s`,
     );

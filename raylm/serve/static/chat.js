@@ -38,7 +38,8 @@ export class Chat {
     });
     this.#message.addEventListener("input", () => this.#show());
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.#current.stop();
+      if (event.key !== "Escape" || event.isComposing) return;
+      if (!document.querySelector("dialog[open]")) this.#current.stop();
     });
     byId("stop").addEventListener("click", () => {
       this.#current.stop();
@@ -224,6 +225,7 @@ export class Chat {
         button.title = one.title;
         button.classList.toggle("running", one.running);
         button.classList.toggle("ended", one.ended);
+        button.setAttribute("aria-description", one.ended ? "ended" : one.running ? "answering" : "");
         if (one === this.#current) button.setAttribute("aria-current", "true");
         else button.removeAttribute("aria-current");
       },
@@ -242,6 +244,7 @@ export class Chat {
     if (this.#models.length === 0) return "There is no model to talk to.";
     const model = this.#state.models.find(({ name }) => name === session.model);
     if (!model) return "";
+    if (model.problem) return ""; // nothing is known of its actors
     if (model.slots.length === 0) return `${model.name} has no actor at present. A message waits until it has one.`;
     if (model.slots.some(({ state }) => state === "up" || state === "suspected")) return "";
     if (model.slots.every(({ state }) => state === "failed"))

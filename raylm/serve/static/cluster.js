@@ -108,7 +108,8 @@ class FailureView {
         " ",
         element("b", {}, failure.type),
       ),
-      element("p", { title: failure.request_id ? `request ${failure.request_id}` : "" }, failure.message),
+      element("p", {}, failure.message),
+      ...(failure.request_id ? [element("p", {}, `Request ${failure.request_id}`)] : []),
     );
   }
 
@@ -123,7 +124,7 @@ class ModelView {
   #failures = new Map();
   #total = element("b");
   #slotList = element("ul", { class: "slots" });
-  #noSlots = element("p", { class: "empty" }, "No slots.");
+  #noSlots = element("p", { class: "empty" });
   #failureList = element("ul", { class: "failures" });
   #failureHead = element("h3", {}, "Latest failures");
 
@@ -168,6 +169,7 @@ class ModelView {
       ({ slot }) => new SlotView(slot),
       this.#slots,
     );
+    setText(this.#noSlots, model.problem || "No slots.");
     this.#noSlots.hidden = model.slots.length > 0;
     const failures = [...model.failures].sort((a, b) => b.at - a.at).slice(0, MAX_FAILURES);
     reconcile(
