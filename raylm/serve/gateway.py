@@ -352,9 +352,8 @@ class Gateway:
 
     async def metrics(self) -> Response:
         """Return the same for Prometheus."""
-        known = [
-            state for state in await self._states() if not state.problem
-        ]  # counters that fall to 0 would be events
+        # Else counters of a model that is not known of would fall to 0.
+        known = [state for state in await self._states() if not state.problem]
         return Response(render(known, self.batches.counts), media_type=CONTENT_TYPE)
 
     async def page(self) -> Response:

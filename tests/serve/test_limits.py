@@ -484,7 +484,7 @@ def test_state_without_one_manager(strict_endpoint: ServeCommand) -> None:
     (silent,) = (model["name"] for model in models if "has not answered" in model["problem"])
     (other,) = (model["name"] for model in models if model["slots"])
     assert {silent, other} == {"slow", "none"}
-    assert f'raylm_requests_total{{model="{other}"}}' in metrics
+    assert f'raylm_requests_finished_total{{model="{other}"}}' in metrics
     assert f'model="{silent}"' not in metrics
 
 
