@@ -9,6 +9,7 @@ import pytest
 
 from raylm import INTERNLM2_META, LMDeployPipeline, OpenVINOConfig, Status
 from raylm.errors import ContextLengthError, EngineStartError
+from tests.serve.command import wait_for
 
 MODEL = "smollm2-135m-instruct"
 
@@ -31,6 +32,17 @@ def kill(chatbot: LMDeployPipeline, slot: int) -> None:
     pid = chatbot.statistics().slots[slot].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+
+
+def actors(chatbot: LMDeployPipeline) -> list[psutil.Process]:
+    """Return the processes of all slots, once those that were killed before have been replaced."""
+
+    def are_up() -> bool:
+        slots = chatbot.statistics().slots
+        return all(slot.state == "up" and slot.pid is not None and psutil.pid_exists(slot.pid) for slot in slots)
+
+    wait_for(are_up)
+    return [psutil.Process(slot.pid) for slot in chatbot.statistics().slots]
 
 
 def test_it_knows_the_capital_of_france(chatbot: LMDeployPipeline) -> None:
@@ -68,8 +80,8 @@ def test_engines_that_died_while_nothing_ran(chatbot: LMDeployPipeline) -> None:
     """Nobody is to blame for engines that were dead before, however many: their actors are replaced."""
     words = [{"role": "user", "content": "What is the capital of France?"}]
     undisturbed = chatbot.chat(words)
-    for slot in chatbot.statistics().slots:
-        for engine in psutil.Process(slot.pid).children(recursive=True):
+    for actor in actors(chatbot):
+        for engine in actor.children(recursive=True):
             engine.kill()
     assert chatbot.chat(words) == undisturbed
 
