@@ -297,6 +297,7 @@ class HTTPEngine:
                 RequestTooLargeError (413) where it says that.
             AuthenticationError: the server refuses the key.
             PoolSaturatedError: the server is full; `retry_after_s` says for how long, where it tells.
+            EngineError: the server has let go of the request (408, 499).
             UpstreamError: the server failed, or has failed so often that it is not tried at present; or the answer
                 cannot be continued exactly.
             ProtocolError: what the server sends cannot be understood.

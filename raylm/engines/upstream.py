@@ -15,6 +15,7 @@ import msgspec
 from raylm.errors import (
     AuthenticationError,
     ContextLengthError,
+    EngineError,
     InvalidRequestError,
     ModelNotFoundError,
     PoolSaturatedError,
@@ -106,7 +107,9 @@ def refusal(
         return ModelNotFoundError(f"{text}; at the start it served {', '.join(models)}")
     if 300 <= status < 400:
         return ProtocolError(f"{text}; redirects are not followed, for the key would go with them: give that url")
-    if 400 <= status < 500 and status not in (408, 499):
+    if status in (408, 499):  # the server has let go of the request, which another may answer
+        return EngineError(f"{text}; send the request again")
+    if 400 <= status < 500:
         if said is not None and (_OVER_LONG.search(said.message) or "context_length" in said.code):
             return ContextLengthError(text)
         return RequestTooLargeError(text) if status == 413 else InvalidRequestError(text)

@@ -27,6 +27,7 @@ from raylm.engines.upstream import ERRORS, Breaker, refusal, translate
 from raylm.errors import (
     AuthenticationError,
     ContextLengthError,
+    EngineError,
     EngineStartError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -138,9 +139,9 @@ def test_errors_say_what_happened() -> None:
         (404, '{"error": "no such model"}', ModelNotFoundError, "served a, b"),
         (413, "", RequestTooLargeError, "nothing"),
         (413, '{"message": "maximum context length is 8"}', ContextLengthError, "8"),
-        (408, "", UpstreamError, "nothing"),
+        (408, "", EngineError, "nothing"),
         (429, "{}", PoolSaturatedError, "429"),
-        (499, "{}", UpstreamError, "499"),
+        (499, "{}", EngineError, "499"),
         (301, "", ProtocolError, "redirects"),
         (500, "Internal Server Error", UpstreamError, "Internal"),
         (503, '{"message": "asleep"}', UpstreamError, "asleep"),
@@ -926,10 +927,11 @@ async def test_server_that_dies_and_comes_back() -> None:
 
 
 async def test_refusals_do_not_open_the_breaker(start: Start) -> None:
-    """Bad requests are their senders' fault: good ones are answered among any number of them."""
+    """Refusals, and requests that were let go of, are no fault of the server's: any number of them leaves it in use."""
     toy, engine = await start()
-    toy.script = [answer(400, {"message": "no"}), answer(401, {}), answer(429, {}, Retry_After="60")] * 5
-    for _ in range(15):
-        with pytest.raises((InvalidRequestError, AuthenticationError, PoolSaturatedError)):
+    refusals = [answer(400, {"message": "no"}), answer(401, {}), answer(429, {}, Retry_After="60"), answer(408, {})]
+    toy.script = [*refusals, answer(499, {})] * 5
+    for _ in range(25):
+        with pytest.raises((InvalidRequestError, AuthenticationError, PoolSaturatedError, EngineError)):
             await run(engine, make_request(STORY))
     assert (await run(engine, make_request(STORY, max_new_tokens=3))).text
