@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ class TritonEngine:
     A server counts tokens where its model can be asked to; see `triton_dialects.TextOutput` for where it cannot. With
     TurboMind all counts are exact, and deltas have token ids.
 
-    Server and model are found again after an outage; that they are the same is taken for granted. A decoupled model is
-    asked for a stream. Of one that is not, the one response has to come within `idle_timeout_s`.
+    Server and model are found again after an outage; that they are the same is taken for granted until the model
+    refuses its tensors, and then it is looked at again. A decoupled model is asked for a stream. Of one that is not,
+    the one response has to come within `idle_timeout_s`.
 
     Args:
         config: Address, model and limits.
@@ -234,6 +236,8 @@ class TritonEngine:
             else:
                 await self._generate_text(request, count)
         except CallFailedError as error:
+            if _WRONG_TENSORS.search(error.details):
+                await self._look_again()
             raise self._mapped(error) from None
         finally:
             self._num_running -= 1
@@ -343,6 +347,15 @@ class TritonEngine:
                 "those of vLLM, of TensorRT-LLM (ensemble, BLS, LLM API) and of LMDeploy up to 0.5.1 (turbomind)"
             )
         return self._dialect.name
+
+    async def _look_again(self) -> None:
+        """Find out what the model takes now, for the next requests. Where that fails, one of those tries again."""
+        if self._dialect is None:
+            return  # nothing else has TurboMind's tensors
+        with suppress(CallFailedError):
+            model = await self._describe(self._config.model_name)
+            if (dialect := dialect_of(model)) is not None:
+                self._model, self._dialect = model, dialect
 
     async def _use_turbomind(self, model: Model) -> str:
         helpers = []
@@ -561,9 +574,12 @@ class TritonEngine:
             return ContextLengthError(f"{text}; shorten the prompt (session_len is {self._session_len})")
         if code in {BUSY, CONFLICT}:
             return SessionBusyError(text)
+        if _WRONG_TENSORS.search(error.details):  # they are of this engine's making
+            return ProtocolError(
+                f"{text}. The model has changed since this engine looked at it; send the request again"
+            )
         if error.status is None:
-            kind = InvalidRequestError if _WRONG_TENSORS.search(error.details) else UpstreamError
-            return kind(text)
+            return UpstreamError(text)
         if error.status == "UNAVAILABLE" and _TLS.search(error.details):
             text += ". Client and server do not agree on TLS: look at ssl, ca_file, key_file and certificate_file"
         elif error.status == "DEADLINE_EXCEEDED":
