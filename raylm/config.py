@@ -162,7 +162,8 @@ class _LMDeployEngineConfig(_Placed):
         max_batch_size: Requests decoded together; None lets lmdeploy decide.
         cache_max_entry_count: Share of the free GPU memory for the KV cache; None takes lmdeploy's default, times
             `num_gpus` where GPUs are shared.
-        quant_policy: Bits of the KV cache's entries: 0 (as computed), 4 or 8.
+        quant_policy: How the KV cache is stored: 0 as computed, 4 or 8 bits an entry; with the PyTorch engine also 16
+            (FP8), 17 (FP8 E5M2) or 42 (TurboQuant). Source: lmdeploy 0.18, `messages.QuantPolicy`.
         dtype: Of weights and activations.
         model_format: How the weights are stored; None lets lmdeploy find out.
         prefix_caching: Keep the KV cache of finished requests, which makes replayed transcripts cheap.
@@ -181,7 +182,7 @@ class _LMDeployEngineConfig(_Placed):
     session_len: int | None = Field(default=None, ge=1)
     max_batch_size: int | None = Field(default=None, ge=1)
     cache_max_entry_count: float | None = Field(default=None, gt=0, lt=1)
-    quant_policy: Literal[0, 4, 8] = 0
+    quant_policy: Literal[0, 4, 8, 16, 17, 42] = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     model_format: str | None = None
     prefix_caching: bool = True
@@ -202,6 +203,13 @@ class _LMDeployEngineConfig(_Placed):
     def _shares_one_gpu(self) -> Self:
         if self.num_gpus is not None and (self.tp > 1 or self.device != "cuda"):
             raise ValueError("num_gpus is the share of one GPU; it takes tp 1 and device cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_policy(self) -> Self:
+        # lmdeploy itself refuses 16 and 17 there, and hands on 42, of which the engine knows nothing.
+        if self.backend == "turbomind" and self.quant_policy > 8:
+            raise ValueError(f"quant_policy {self.quant_policy} takes backend pytorch: TurboMind has 0, 4 and 8")
         return self
 
     @property
@@ -235,6 +243,13 @@ class APIServerConfig(_LMDeployEngineConfig):
     server_port: int = Field(default=23333, ge=0, le=65535)
     api_key: str | None = Field(default=None, repr=False)
     idle_timeout_s: PositiveFloat = 60
+
+    @model_validator(mode="after")
+    def _one_rank_on_cpu(self) -> Self:
+        if self.device == "cpu" and self.tp > 1:
+            # It would wait for GPUs until the start has failed.
+            raise ValueError("tp: an api_server on CPU takes tp 1; several ranks run there in LMDeployPipeline alone")
+        return self
 
 
 class HTTPConfig(_Placed):

@@ -28,9 +28,10 @@ from raylm.engines.api_server_child import Command
 from raylm.engines.base import Emit
 from raylm.engines.child import child_environment
 from raylm.engines.http import HTTPEngine
+from raylm.engines.lmdeploy import find_model
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
-from raylm.models import BUILTIN_MODELS, cache_folder, max_context, model_name, resolve
+from raylm.models import cache_folder, max_context, model_name
 from raylm.ports import belongs_to_another, free_port, holder
 
 _POLL_S = 0.1  # between two looks at whether a starting server listens
@@ -187,23 +188,20 @@ class APIServerEngine:
             lmdeploy_version = version("lmdeploy")
         except PackageNotFoundError as error:
             raise EngineStartError("lmdeploy is not installed; pip install 'raylm[lmdeploy]'") from error
-        path = await asyncio.to_thread(resolve, config.path)
-        if path.is_file() and config.path not in BUILTIN_MODELS:
-            raise EngineStartError(
-                f"lmdeploy reads no GGUF file, which {path} is; give the folder or hub id of the model that it was "
-                "made from"
-            )
+        path, identity = await asyncio.to_thread(find_model, config)
         self._context = config.session_len or await asyncio.to_thread(max_context, path, "session_len")
         off = [_flag(name) for name, value in config.options.items() if value is None or value is False]
         self._command = Command(_MODULES[config.device], str(path), arguments(config), off)
         server, info = await self._start_server()
         self._run(server)
-        backend = "pytorch" if config.device == "cpu" else config.backend
+        # A server that is asked for TurboMind takes PyTorch where TurboMind lacks the model, and does not tell.
+        backend = "lmdeploy" if config.backend == "turbomind" else config.backend
         return msgspec.structs.replace(
             info,
             engine="api_server",
             engine_version=lmdeploy_version,
             device=f"{backend} on {config.device}{f', tp {config.tp}' if config.tp > 1 else ''}, at {server.url}",
+            fingerprint=identity,
         )
 
     def _run(self, server: _Server) -> None:
@@ -427,10 +425,8 @@ def arguments(config: APIServerConfig) -> list[str]:
     Raises:
         InvalidRequestError: an option has a setting of its own.
     """
-    on_cpu = config.device == "cpu"
-    backend = "pytorch" if on_cpu else config.backend
     named: dict[str, Any] = {
-        "backend": backend,
+        "backend": config.backend,
         "device": None if config.device == "cuda" else config.device,
         "model_name": config.model_name or model_name(config.path),
         "tp": config.tp,
@@ -445,11 +441,12 @@ def arguments(config: APIServerConfig) -> list[str]:
     }
     if taken := sorted({*named, "server_name", "server_port"} & config.options.keys()):
         raise InvalidRequestError(f"options: {', '.join(taken)} has a setting of its own; set that")
-    if backend == "pytorch" and config.tp > 1 and not on_cpu:
+    # For the PyTorch engine, which a server takes where TurboMind lacks the model. TurboMind passes both over.
+    # Source: lmdeploy 0.18.0, `lmdeploy.cli.serve.SubCliServe.api_server`.
+    defaults = {"logprobs_mode": "raw_logprobs"}  # without a mode it tells none
+    if config.tp > 1:
         # Its default, Ray, would ask this actor's cluster for GPUs that this actor holds.
         named["distributed_executor_backend"] = "mp"
-    # Without a mode the server tells none; its other engine needs no mode.
-    defaults = {"logprobs_mode": "raw_logprobs"} if backend == "pytorch" else {}
     found = []
     for name, value in {**defaults, **named, **config.options}.items():
         flag = _flag(name)

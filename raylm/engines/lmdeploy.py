@@ -7,8 +7,9 @@ in `child.py`.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
-from raylm.config import LMDeployConfig
+from raylm.config import APIServerConfig, LMDeployConfig
 from raylm.engines.base import Emit
 from raylm.engines.child import ChildProcess
 from raylm.engines.lmdeploy_worker import Load
@@ -53,12 +54,8 @@ class LMDeployEngine:
             EngineStartError: no such model, no lmdeploy, or lmdeploy cannot load the model.
         """
         config = self._config
-        path = await asyncio.to_thread(resolve, config.path)
-        if path.is_file() and config.path not in BUILTIN_MODELS:
-            raise EngineStartError(
-                f"lmdeploy reads no GGUF file, which {path} is; give the folder or hub id of the model that it was "
-                "made from"
-            )
+        # Before the child, which nobody would end if this failed after it.
+        path, identity = await asyncio.to_thread(find_model, config)
         load = Load(
             path=str(path),
             backend=config.backend,
@@ -74,10 +71,6 @@ class LMDeployEngine:
                 "enable_prefix_caching": config.prefix_caching,
             },
             options=config.options,
-        )
-        # Before the child, which nobody would end if this failed after it.
-        identity = await asyncio.to_thread(
-            fingerprint, path, config.backend, config.dtype, config.quant_policy, config.model_format
         )
         ready = await self._child.start(load, timeout_s=config.start_timeout_s, attempts=config.start_attempts)
         return EngineInfo(
@@ -114,3 +107,18 @@ class LMDeployEngine:
     async def close(self) -> None:
         """End the child. Requests that are still running fail with EngineError."""
         await self._child.close()
+
+
+def find_model(config: LMDeployConfig | APIServerConfig) -> tuple[Path, str]:
+    """Return where the files of a model are that lmdeploy is to load, and `EngineInfo.fingerprint`.
+
+    Raises:
+        EngineStartError: no such model, or a GGUF file of the user's.
+    """
+    path = resolve(config.path)
+    if path.is_file() and config.path not in BUILTIN_MODELS:
+        raise EngineStartError(
+            f"lmdeploy reads no GGUF file, which {path} is; give the folder or hub id of the model that it was made "
+            "from"
+        )
+    return path, fingerprint(path, config.backend, config.dtype, config.quant_policy, config.model_format)

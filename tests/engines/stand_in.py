@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--server-port", type=int)
     parser.add_argument("--model-name")
     parser.add_argument("--api-keys")
-    for flag in ("--backend", "--tp", "--session-len", "--max-batch-size", "--dtype", "--log-level"):
+    for flag in ("--backend", "--tp", "--session-len", "--max-batch-size", "--dtype", "--logprobs-mode", "--log-level"):
         parser.add_argument(flag)
     parser.add_argument("--enable-prefix-caching", action="store_true")
     arguments = parser.parse_args()

@@ -137,6 +137,28 @@ def test_arguments() -> None:
     assert "--max-batch-size" not in text
 
 
+def test_arguments_for_an_engine_that_was_not_asked_for() -> None:
+    """A server that is asked for TurboMind is told what PyTorch needs, too: lmdeploy takes that for some models."""
+    text = " ".join(arguments(APIServerConfig(path="m", backend="turbomind", tp=2)))
+    assert "--distributed-executor-backend mp" in text
+    assert "--logprobs-mode raw_logprobs" in text
+
+
+@pytest.mark.parametrize("policy", [16, 17, 42])
+def test_quant_policies_of_one_engine(policy: int) -> None:
+    """What TurboMind cannot do with a KV cache is refused of it, and handed on to PyTorch."""
+    config = APIServerConfig(path="m", backend="pytorch")
+    assert f"--quant-policy {policy}" in " ".join(arguments(config.updated({"quant_policy": policy})))
+    with pytest.raises(InvalidRequestError, match="pytorch"):
+        config.updated({"quant_policy": policy, "backend": "turbomind"})
+
+
+def test_several_ranks_on_cpu() -> None:
+    """A server on CPU with tp > 1, which would never be ready, is refused, with what to take instead."""
+    with pytest.raises(InvalidRequestError, match="LMDeployPipeline"):
+        APIServerConfig(tp=2).updated({"backend": "pytorch", "device": "cpu"})
+
+
 @pytest.mark.parametrize("name", ["tp", "server_port", "api_keys"])
 def test_option_with_a_setting_of_its_own(name: str) -> None:
     """An option that would say again, or otherwise, what a setting says is an error that names it."""
@@ -173,6 +195,15 @@ def test_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # At work
+
+
+async def test_info(configure: Configure) -> None:
+    """The model's digest is told, and no engine of lmdeploy's that was asked for alone: it may be the other one."""
+    engine = APIServerEngine(configure())
+    info = await engine.start()
+    await engine.close()
+    assert info.device.startswith("lmdeploy on cuda, at http://127.0.0.1:")
+    assert info.fingerprint
 
 
 async def test_restart_without_a_log(configure: Configure, start: Start) -> None:
