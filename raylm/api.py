@@ -50,7 +50,8 @@ class AsyncLMDeployPipeline(AsyncChatbot):
         tp: GPUs of one replica. Must be 1 for an engine on CPU.
         replicas: Actors that serve the model.
         backend: `turbomind` and `pytorch` are lmdeploy's engines; `openvino` is for CPU. `auto` takes turbomind where
-            the cluster has a GPU. Where it has none that is openvino, or pytorch where only lmdeploy is installed.
+            the cluster has a GPU; a model that turbomind lacks is an error that says so, and needs `pytorch`. Where
+            there is none that is openvino, or pytorch where only lmdeploy is installed.
         meta_template: See `AsyncChatbot`, as for the other arguments.
         max_new_tokens: Limit on generated tokens, >= 1.
         top_p: In (0, 1]; nucleus of probability mass to sample from.
@@ -176,6 +177,7 @@ class AsyncLMDeployServer(AsyncChatbot):
         stop_words: Text or texts that end the generation and are not part of it.
         replicas: Servers.
         backend: lmdeploy's engine; `auto` takes turbomind where the cluster has a GPU, and pytorch where it has none.
+            A server that is told turbomind takes pytorch for a model that turbomind lacks.
         device: As in `AsyncLMDeployPipeline`.
         backend_config: Further settings of the servers; the arguments above take the place of theirs.
         address: Address of the Ray cluster; `local` starts one for this chatbot whatever else runs.

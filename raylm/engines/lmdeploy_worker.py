@@ -162,7 +162,11 @@ def build_engine(load: Load) -> Any:
         if config.tp > 1:
             _join_cluster()
     try:
+        if load.backend == "turbomind":
+            _check_turbomind(path)
         return AsyncEngine(str(path), backend=load.backend, backend_config=config)
+    except EngineStartError:
+        raise
     # lmdeploy raises whatever its libraries do, and where a check of its own fails it logs the reason and exits.
     except (Exception, SystemExit) as error:
         _log.exception("lmdeploy did not start")
@@ -174,6 +178,20 @@ def build_engine(load: Load) -> Any:
         ) from error
     finally:
         logger.removeHandler(errors)
+
+
+def _check_turbomind(path: Path) -> None:
+    """Raise EngineStartError where lmdeploy's own pipeline would take its PyTorch engine in place of TurboMind.
+
+    That needs a placement of another kind, so it is not done here.
+    """
+    from lmdeploy.archs import autoget_backend
+
+    if autoget_backend(str(path)) != "turbomind":
+        raise EngineStartError(
+            f"lmdeploy's turbomind engine does not know the model in {path}, or does not run on this machine; set "
+            'backend="pytorch"'
+        )
 
 
 class _Errors(logging.Handler):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from raylm.config import LMDeployConfig
 from raylm.engines.lmdeploy import LMDeployEngine
 from raylm.errors import ActorLostError, ContextLengthError, EngineStartError, InvalidRequestError
 from raylm.messages import Generated, Message, Request
@@ -260,6 +261,14 @@ async def test_broken_model(broken: str, model_folder: str, tmp_path: Path) -> N
     why = await fail_to_start(LMDeployEngine(on_cpu(str(folder))))
     assert why.startswith("EngineStartError: lmdeploy cannot load")
     assert str(folder) in why
+
+
+async def test_model_that_turbomind_lacks(tmp_path: Path) -> None:
+    """A model that TurboMind does not know is an EngineStartError that says which backend to take."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["UnknownForCausalLM"]}')
+    why = await fail_to_start(LMDeployEngine(LMDeployConfig(path=str(tmp_path), start_attempts=1)))
+    assert why.startswith("EngineStartError: lmdeploy's turbomind engine does not know the model")
+    assert 'backend="pytorch"' in why
 
 
 async def test_no_such_model(tmp_path: Path) -> None:
