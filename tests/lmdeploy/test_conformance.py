@@ -11,7 +11,7 @@ from tests.engines.conftest import NOT_HTTP, Subject, ask, make_request, run, ru
 from tests.engines.test_conformance import *  # noqa: F403 - all of its tests and fixtures
 from tests.engines.test_conformance import cuts_of
 
-from .conftest import on_cpu, server_on_cpu
+from .conftest import fingerprint_on_cpu, on_cpu, server_on_cpu
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]  # a server takes a while to start
 
@@ -33,6 +33,7 @@ async def test_info(config: LMDeployConfig | APIServerConfig, info: EngineInfo) 
     assert info.device.startswith("pytorch on cpu")
     assert (info.capacity, info.max_context) == (config.max_batch_size, config.session_len)
     assert info.model == config.path
+    assert info.fingerprint == fingerprint_on_cpu()
 
 
 async def test_continuation_of_messages(engine: Engine) -> None:

@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+from raylm.config import APIServerConfig, LMDeployConfig
+from raylm.engines.api_server import arguments
 from raylm.engines.lmdeploy_worker import ERRORS
 
 
@@ -13,6 +16,33 @@ def test_every_error_of_lmdeploy_is_mapped() -> None:
     code = "from lmdeploy.serve.core.exceptions import ErrorCode; print(*[code.value for code in ErrorCode])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert sorted(ERRORS) == sorted(done.stdout.split())
+
+
+def test_every_quant_policy_can_be_asked_for() -> None:
+    """The setting takes each way of lmdeploy's to store the KV cache, and no other."""
+    code = "from lmdeploy.messages import QuantPolicy; print(*map(int, QuantPolicy))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    taken = get_args(LMDeployConfig.model_fields["quant_policy"].annotation)
+    assert sorted(taken) == sorted(map(int, done.stdout.split()))
+
+
+PARSE = """
+import json, sys
+from lmdeploy.cli.cli import CLI
+from lmdeploy.cli.serve import SubCliServe
+
+SubCliServe.add_parsers()
+for arguments in json.load(sys.stdin):
+    CLI.parser.parse_args(["serve", "api_server", "model", *arguments])
+"""
+
+
+def test_arguments_of_an_api_server() -> None:
+    """Its command line takes what raylm tells it, whichever engine is asked for."""
+    turbomind = APIServerConfig(path="model", tp=2, session_len=1024, max_batch_size=8, cache_max_entry_count=0.5)
+    pytorch = turbomind.updated({"backend": "pytorch", "quant_policy": 42, "dtype": "bfloat16", "api_key": "key"})
+    told = json.dumps([arguments(turbomind), arguments(pytorch)])
+    subprocess.run([sys.executable, "-c", PARSE], input=told, text=True, check=True)
 
 
 def test_conversion_happens_once(model_folder: str) -> None:

@@ -3,29 +3,21 @@
 The Triton server has its tokens from the api_server that runs already, so that all members are of one model.
 """
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 
 import psutil
 import pytest
-import requests
 
 from raylm import CHATML_META, Chatbot, HTTPConfig, Status, TritonConfig
 from raylm.errors import SessionBusyError
 from raylm.messages import Request
-from raylm.ports import free_port
 from tests.engines.conftest import ask as ask_once
 from tests.engines.conftest import make_request
-from tests.engines.triton_server import TritonServer, make_repository
+from tests.engines.triton_server import TritonServer
 
-from .conftest import on_cpu, server_on_cpu, transformers_answers
+from .conftest import Server, fingerprint_on_cpu, on_cpu, server_on_cpu, transformers_texts
 from .reference import NUM_TOKENS
 
 pytestmark = pytest.mark.timeout(600)
@@ -39,53 +31,6 @@ PROMPTS = [
 ]
 KINDS = ["lmdeploy", "api_server", "triton", "http"]
 TURNS = ["What is the capital of France?", "And of Italy?"]
-
-
-class Server:
-    """An api_server that is nobody's child but this test's, on a free port."""
-
-    def __init__(self, folder: str) -> None:
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
-        command = [sys.executable, "-m", "raylm.engines.lmdeploy_cpu", "serve", "api_server", folder]
-        options = {"backend": "pytorch", "device": "cpu", "session-len": 512, "max-batch-size": 4, "num-gpu-blocks": 40}
-        options |= {"server-name": "127.0.0.1", "server-port": port}
-        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        self._process = subprocess.Popen([*command, *arguments], start_new_session=True)
-
-    def wait(self) -> None:
-        """Return when it has loaded its model."""
-        while self._process.poll() is None:
-            with suppress(requests.ConnectionError):
-                if requests.get(f"http://{self.address}/health", timeout=10).ok:
-                    return
-            time.sleep(0.2)
-        raise RuntimeError(f"the api_server ended with {self._process.returncode}")
-
-    def kill(self) -> None:
-        """Kill it, and the engine below it."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(model_folder: str) -> Iterator[Server]:
-    """An api_server at work."""
-    server = Server(model_folder)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture(scope="module")
-def triton(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A Triton server whose model asks the api_server."""
-    folder = make_repository(tmp_path_factory.mktemp("models"), {"relay": ("relay", {"127.0.0.1:0": server.address})})
-    with TritonServer(folder) as triton:
-        yield triton
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +97,19 @@ def test_members_answer_alike(chatbot: Chatbot, asked: Request, kinds: list[str]
     assert answers[0].text
 
 
+def test_receipts_name_the_model(chatbot: Chatbot) -> None:
+    """Receipts have the same digest of the model's files from those that loaded it, and none from their clients."""
+    pool = chatbot._chatbot.pool
+    request = make_request("Once upon a time", max_new_tokens=1)
+    sessions = [pin(chatbot, f"receipt of {kind}", slot) for slot, kind in enumerate(KINDS)]
+    answers = [chatbot._loop.run(pool.generate(request, session_id=session)) for session in sessions]
+    assert [answer.receipt.fingerprint for answer in answers] == [fingerprint_on_cpu(), fingerprint_on_cpu(), "", ""]
+
+
 @pytest.fixture(scope="module")
 def expected(model_folder: str) -> list[str]:
     """What transformers generates for `PROMPTS`, one by one."""
-    from tokenizers import Tokenizer  # only where lmdeploy is
-
-    tokenizer = Tokenizer.from_file(str(Path(model_folder) / "tokenizer.json"))
-    return [tokenizer.decode(token_ids) for token_ids in transformers_answers(model_folder, PROMPTS)]
+    return transformers_texts(model_folder, PROMPTS)
 
 
 @pytest.mark.parametrize("slot", range(4), ids=KINDS)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from raylm.engines.child import HEADER, Add, Cancel, Ready, Report, Step, pack
+from raylm.engines.child import HEADER, Add, Cancel, Output, Ready, Report, Step, pack
 from raylm.engines.lmdeploy_worker import Worker
 from tests.engines.conftest import make_request
 
@@ -22,7 +22,12 @@ PROMPT_IDS = (504, 2644, 2643)
 
 
 class StandIn:
-    """What a worker uses of lmdeploy's `AsyncEngine`. It generates two tokens, and scores prompts."""
+    """What a worker uses of lmdeploy's `AsyncEngine`. It generates two tokens, and scores prompts.
+
+    Attributes:
+        reason: Why it ends what it generates.
+        raises: What a method of that name raises, `generate` after the first token.
+    """
 
     def __init__(self, folder: str) -> None:
         from lmdeploy.tokenizer import Tokenizer
@@ -36,6 +41,8 @@ class StandIn:
         self.stop_words = None
         self.engine = SimpleNamespace(max_session_len=64, get_schedule_metrics=self.measure)
         self.session_mgr = SimpleNamespace(get=lambda: SimpleNamespace(async_abort=self.abort))
+        self.reason: str | None = "length"
+        self.raises: dict[str, Exception] = {}
         self.calls: list[str] = []
         self.scoring, self.may_end = asyncio.Event(), asyncio.Event()
 
@@ -57,6 +64,8 @@ class StandIn:
 
     async def preprocess(self, *_: object, gen_config: Any, **__: object) -> Any:
         """Hand on what is to be generated."""
+        if error := self.raises.get("preprocess"):
+            raise error
         return gen_config
 
     async def generate(self, config: Any) -> AsyncIterator[Any]:
@@ -72,7 +81,10 @@ class StandIn:
             self.calls.append("generate")
             yield SimpleNamespace(**nothing | {"token_ids": (19,), "logprobs": [{19: -1.0}]})
             await asyncio.sleep(0)  # in which the worker reports the first token
-            yield SimpleNamespace(**nothing | {"token_ids": (19,), "logprobs": [{19: -1.0}], "finish_reason": "length"})
+            if error := self.raises.get("generate"):
+                raise error
+            last = {"token_ids": (19,), "logprobs": [{19: -1.0}], "finish_reason": self.reason}
+            yield SimpleNamespace(**nothing | last)
 
 
 class Conversation:
@@ -105,13 +117,24 @@ class Conversation:
 
         return await asyncio.to_thread(read)
 
-    async def ends(self, key: int) -> str | None:
-        """Return the finish reason of a request."""
+    async def last(self, key: int) -> Output:
+        """Return the last output of a request."""
         while True:
             report = await self.receive()
             for output in report.outputs if isinstance(report, Step) else ():
                 if output.key == key and (output.finish_reason or output.error):
-                    return output.finish_reason
+                    return output
+
+    async def ends(self, key: int) -> str | None:
+        """Return the finish reason of a request."""
+        return (await self.last(key)).finish_reason
+
+    async def fails(self, key: int) -> tuple[str, str]:
+        """Return the error that a request ends with, its class and its text."""
+        last = await self.last(key)
+        assert last.finish_reason is None
+        assert last.error is not None
+        return last.error.type, last.error.message
 
 
 @pytest.fixture
@@ -143,6 +166,41 @@ async def test_cancel_beside_the_request(engine: StandIn) -> None:
     conversation = await start(engine)
     conversation.send(Add(1, make_request(PROMPT_IDS, max_new_tokens=2)), Cancel(1))
     assert await conversation.ends(1) == "cancelled"
+    await conversation.end()
+
+
+@pytest.mark.parametrize(
+    ("reason", "limit", "says"),
+    [
+        ("error", 2, "with error"),
+        ("abort", 2, "with abort"),
+        (None, 2, "no reason"),
+        ("length", 3, "after 2 tokens where 3 were asked for"),
+    ],
+)
+async def test_bad_end(engine: StandIn, reason: str | None, limit: int, says: str) -> None:
+    """An answer that lmdeploy ends for no good reason, or too early, is an error of its request."""
+    engine.reason = reason
+    conversation = await start(engine)
+    conversation.send(Add(1, make_request(PROMPT_IDS, max_new_tokens=limit)))
+    kind, message = await conversation.fails(1)
+    assert kind == "EngineError"
+    assert says in message
+    await conversation.end()
+
+
+@pytest.mark.parametrize("method", ["preprocess", "generate"])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("CONTEXT_LENGTH_EXCEEDED", "ContextLengthError"), ("INTERNAL_ERROR", "EngineError")]
+)
+async def test_error_of_lmdeploys(engine: StandIn, method: str, code: str, kind: str) -> None:
+    """An error that lmdeploy raises is that of its code, with lmdeploy's words, wherever it raises it."""
+    from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
+
+    engine.raises[method] = RequestError(ErrorCode[code], "this is why")
+    conversation = await start(engine)
+    conversation.send(Add(1, make_request(PROMPT_IDS, max_new_tokens=2)))
+    assert await conversation.fails(1) == (kind, "lmdeploy: this is why")
     await conversation.end()
 
 
