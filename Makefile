@@ -49,7 +49,7 @@ test: $(VENV)/.develops
 
 test-lmdeploy: $(LMDEPLOY_VENV)/.develops
 	$(LMDEPLOY) -m raylm.engines.gguf smollm2-135m-instruct
-	$(LMDEPLOY) -m pytest tests/lmdeploy
+	$(LMDEPLOY) -m pytest tests/lmdeploy tests/test_compat.py
 
 test-lmdeploy-regression: $(LMDEPLOY_VENV)/.develops
 	$(LMDEPLOY) -m pytest tests/lmdeploy/regression.py

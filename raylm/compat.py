@@ -107,7 +107,8 @@ INTERFACES = (
     Interface(
         "POST /v1/chat/interactive",
         "LMDeployServer, LMDeployClient",
-        "the session store keeps the transcript; turns go to /v1/chat/completions or /v1/completions",
+        "the session store keeps the transcript; messages go to /v1/chat/completions, and here at servers before 0.5, "
+        "without their sessions; raw prompts go to /v1/completions, and at 0.18 to /generate",
         _route("/v1/chat/interactive"),
     ),
     Interface(

@@ -20,6 +20,7 @@ from msgspec import structs
 from raylm import INTERNLM2_META, AsyncLMDeployClient, LMDeployPipeline, SimulatedConfig
 from raylm._version import __version__
 from raylm.batch import open_ledger, run_batch
+from raylm.compat import examine, installed_version
 from raylm.engines.simulated import greedy_text
 from tests.batch.samples import answered
 
@@ -177,6 +178,18 @@ def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "is there already" in result.stderr
     assert target.read_text() == "precious"
+
+
+def test_compat_tells_of_each_interface() -> None:
+    """`compat` has a row for each interface, in words for whether it is there, and names lmdeploy's version."""
+    result = run(None, "compat", COLUMNS="400")
+    assert result.returncode == 0
+    installed = installed_version()
+    assert (f"lmdeploy {installed}" if installed else "lmdeploy is not installed") in result.stdout
+    for finding in examine():
+        word = {True: "yes", False: "no", None: "?"}[finding.present]
+        name, used_by = finding.interface.name, finding.interface.used_by
+        assert re.search(rf"^{re.escape(name)} +{re.escape(used_by)} +{re.escape(word)} ", result.stdout, re.MULTILINE)
 
 
 # generate
