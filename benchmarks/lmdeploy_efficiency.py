@@ -2,7 +2,8 @@
 
 16 different prompts, 64 tokens each, greedy, no end of sequence, on SmolLM2-135M-Instruct. Where torch sees no GPU,
 lmdeploy's PyTorch engine runs on CPU through `raylm.engines.lmdeploy_cpu`. Where it sees some, each of TurboMind and
-PyTorch runs that can load the model, with 1 GPU and with all of them. LMDEPLOY_BENCHMARK_MODEL names another model.
+PyTorch runs that can load the model, with 1 GPU and with all of them; figures are named after both, and the first ones
+have their plain names too. LMDEPLOY_BENCHMARK_MODEL names another model.
 
 Subject. `LMDeployEngine` in an `EngineActor`, behind a `Pool`: this process, Ray, the actor and the child that runs
 lmdeploy, all on the same machine.
@@ -273,11 +274,11 @@ def main() -> None:
             except (RuntimeError, OSError) as error:
                 say(f"{backend} with tp {tp} could not be measured: {error}")
                 continue
+            if not figures:
+                figures += measured
             figures += [Figure(f"{f.name}_{backend}_tp{tp}", f.value, f.unit, f.bar, f.better) for f in measured]
     publish("lmdeploy", figures)
 
 
 if __name__ == "__main__":
-    # The scripts beside this one have names that libraries have too, `triton` for one; torch imports that.
-    sys.path.remove(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120 - as Python put it there
     main()
