@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from raylm.batch import Tally
 from raylm.config import BatchesConfig
-from raylm.errors import BatchStateError, InvalidRequestError, ObjectNotFoundError, OutputBusyError
+from raylm.errors import BatchStateError, BatchStoreError, InvalidRequestError, ObjectNotFoundError, OutputBusyError
 from raylm.serve.batches import checks
 from raylm.serve.batches.actor import BatchActor
 from raylm.serve.batches.checks import check_file
@@ -217,6 +218,16 @@ def test_one_owner(store: Store, tmp_path: Path) -> None:
         Store(tmp_path / "store")
 
 
+def test_a_folder_that_could_not_be_opened(tmp_path: Path) -> None:
+    """Who has met a broken database holds the folder no longer."""
+    database = tmp_path / "batches.db"
+    database.write_text("no database" * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        Store(tmp_path)
+    database.unlink()
+    Store(tmp_path).close()
+
+
 def test_it_is_there_again(tmp_path: Path) -> None:
     """What was added is there when the folder is opened again; calls that come twice change nothing."""
     store = Store(tmp_path)
@@ -348,6 +359,25 @@ async def test_cancelled_before_it_was_checked(tmp_path: Path) -> None:
         failures = (await actor.read("batch-a-err", 0, 10_000)).splitlines()
     assert (batch["status"], batch["request_counts"]) == ("cancelled", {"total": 3, "completed": 0, "failed": 3})
     assert [json.loads(failure)["custom_id"] for failure in failures] == ["1", "a", "3"]
+
+
+async def test_a_disk_that_fails_as_the_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call opens the folder, and does not wait for the one before, which has let go of it."""
+    monkeypatch.setattr("raylm.serve.batches.actor._OPEN_TIMEOUT_S", 0.0)
+    calls = iter([None, OSError(5, "Input/output error")])
+    unfinished = Store.unfinished
+
+    def failing(store: Store) -> list[Work]:
+        if (error := next(calls, None)) is not None:
+            raise error
+        return unfinished(store)
+
+    monkeypatch.setattr(Store, "unfinished", failing)
+    actor = BatchActor(BatchesConfig(folder=str(tmp_path)).model_dump_json())
+    with pytest.raises(BatchStoreError, match="Input/output error"):
+        await actor.start()
+    await actor.start()
+    await actor.close()
 
 
 async def test_counts_that_are_saved_while_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,7 +402,12 @@ class BatchActor:
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(0.2)
-        for work in await self._do(store.unfinished):
+        try:
+            unfinished = await self._do(store.unfinished)
+        except BaseException:
+            await self._do(store.close)
+            raise
+        for work in unfinished:
             self._begin(work)
         self._tasks.start(self._tend(store))
         return store

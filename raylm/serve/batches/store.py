@@ -16,7 +16,7 @@ import os
 import shutil
 import sqlite3
 import time
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -83,6 +83,7 @@ class Store:
     Raises:
         OutputBusyError: another process has it open.
         OSError: it cannot be made, read or written.
+        sqlite3.Error: the same of its database.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,22 +93,25 @@ class Store:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for part in (folder, self._files, self._jobs):
             part.mkdir(exist_ok=True, mode=0o700)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputBusyError(
-                f"{folder} is used by another endpoint; end that, or give this one another folder (batches.folder)"
-            ) from None
-        self._database = sqlite3.connect(folder / "batches.db", check_same_thread=False, isolation_level=None)
-        self._database.executescript(_SCHEMA)
-        self._clear_jobs()
+        with ExitStack() as opened:
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            opened.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputBusyError(
+                    f"{folder} is used by another endpoint; end that, or give this one another folder (batches.folder)"
+                ) from None
+            self._database = opened.enter_context(
+                closing(sqlite3.connect(folder / "batches.db", check_same_thread=False, isolation_level=None))
+            )
+            self._database.executescript(_SCHEMA)
+            self._clear_jobs()
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
         """Let others have it."""
-        self._database.close()
-        os.close(self._lock)
+        self._opened.close()
 
     # What is in files
 
