@@ -267,7 +267,8 @@ def merge_shards(output: Path, total: int | None = None, *, overwrite: bool = Fa
             records = _first_records(ledger, total)
             while some := list(islice(records, 512)):
                 writer.write(some)
-        ledger.end(num_rows=tally.total)
+        if ledger.ended is None or ledger.ended.why or ledger.ended.num_rows != tally.total:
+            ledger.end(num_rows=tally.total)
     return tally
 
 

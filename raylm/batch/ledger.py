@@ -350,12 +350,21 @@ class Ledger:
         self.written(end)
 
     def absorb(self, other: Ledger) -> None:
-        """Take over every record of another ledger, and its runs."""
-        self.ended = None
+        """Take over the runs and the records of another ledger that are not known yet.
+
+        A record is left out where its position has a later one of the same key.
+        """
         for run in other.runs:
-            self.runs.append(run)
-            self._push(_encode({"run": run}))
+            if run not in self.runs:
+                self.runs.append(run)
+                self.ended = None
+                self._push(_encode({"run": run}))
         for record in other.records():
+            before = self.find(record.position)
+            if before is not None and before.key == record.key:
+                known = self.read(record.position)
+                if known == record or known.at > record.at:
+                    continue
             self.add(record)
             if self.num_pending > 1000:
                 self.sync()

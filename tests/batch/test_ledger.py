@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylm.batch.ledger import Ledger, checked
-from raylm.errors import OutputBusyError
+from raylm.batch.ledger import Ledger, Record, checked
+from raylm.errors import EngineError, OutputBusyError, to_message
 from tests.batch.samples import ENGINE, answered
 
 KNOWN = {ENGINE}
@@ -96,6 +96,27 @@ def test_a_later_record_counts(tmp_path: Path) -> None:
     with opened(path) as ledger:
         assert knows(ledger, 0, "new", KNOWN)
         assert [record.key for record in ledger.records()] == ["new"]
+
+
+def test_an_earlier_record_is_not_taken_over(tmp_path: Path) -> None:
+    """A row that had failed in another ledger keeps the answer that it has got since."""
+    failed = Record(position=0, key="k", id=1, at=1.0, error=to_message(EngineError("broken")))
+    with opened(tmp_path / "part") as part, opened(tmp_path / "whole") as whole:
+        part.add(failed)
+        whole.absorb(part)
+        assert whole.read(0) == failed
+        whole.add(answered(0, at=2.0))
+        whole.absorb(part)
+        assert whole.read(0) == answered(0, at=2.0)
+
+
+def test_other_words_are_taken_over(tmp_path: Path) -> None:
+    """A ledger that is taken over says what the words of a row are, whatever was answered to others later."""
+    with opened(tmp_path / "part") as part, opened(tmp_path / "whole") as whole:
+        part.add(answered(0, "mine", at=1.0))
+        whole.add(answered(0, "other", at=2.0))
+        whole.absorb(part)
+        assert whole.read(0).key == "mine"
 
 
 @settings(deadline=None)  # files are written
