@@ -66,7 +66,7 @@ _REFUSED_S = 600.0
 """A job ends when rows have been refused for so long, and none was answered meanwhile."""
 
 _TICK_S = 0.25
-"""How often stragglers are looked for."""
+"""How often stragglers are looked for, and room for more rows."""
 
 _SLOW = 3.0
 """A row is slow when it takes this many times as long for its tokens as others do."""
@@ -234,6 +234,7 @@ class Job:
         self._pace: deque[float] = deque(maxlen=512)  # seconds a token, of the last rows
         self._most_sent = 1
         self._refused_at: float | None = None  # when a row was refused, with none answered since
+        self._gave_up = False  # the last rows, as `finish_at` wants it
         self._flushing: asyncio.Task[None] | None = None
         self._stopped: Exception | None = None
         self._changed = asyncio.Event()  # something happened that `run` or `_write` waits for
@@ -253,7 +254,8 @@ class Job:
             TooManyFailuresError: more rows failed than `max_failures`; what was answered is in the ledger.
             CapacityError: a server has refused rows for ten minutes, did not say when to come again, and no row was
                 answered meanwhile.
-            NoActorError: no actor is left that could be started.
+            NoActorError: no actor is left that could be started, or the model is served no longer. Rows without an
+                answer are the next run's.
             InvalidRequestError: the input as a whole cannot be read.
             OSError: the disk is full, or fails.
         """
@@ -422,12 +424,11 @@ class Job:
             item.began_at = item.began_at or self._loop.time()
             try:
                 self._send(item)
-            except CapacityError as error:
+            except RaylmError as error:
                 if self._chatbot.pool.can_work:
-                    heapq.heappush(self._heap, item)
-                    self._later(error.retry_after_s or _BACKOFF_S, self._feed)
+                    heapq.heappush(self._heap, item)  # it is full; `_look_after` tries again
                 else:
-                    self._stop(error)
+                    self._stop(_of_the_job(error))
                 return
 
     def _limit(self) -> int:
@@ -446,6 +447,7 @@ class Job:
 
         Raises:
             CapacityError: the pool does not take it.
+            RaylmError: the pool has ended.
         """
         request = item.request
         if item.streams:
@@ -522,8 +524,8 @@ class Job:
 
     def _fail(self, item: _Item, error: RaylmError) -> None:
         """Ask a row again later, or record that it failed."""
-        if isinstance(error, NoActorError) and not self._chatbot.pool.can_work:
-            self._stop(error)
+        if not self._chatbot.pool.can_work:
+            self._stop(_of_the_job(error))
             return
         may_help = error.retryable and not isinstance(error, RequestTimeoutError)
         if may_help and (isinstance(error, CapacityError) or item.tries <= self._config.retries):
@@ -542,7 +544,10 @@ class Job:
             item.num_refused += isinstance(error, CapacityError)
             delay_s = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**doublings) * random.uniform(0.5, 1.5)  # noqa: S311
             self._later(max(delay_s, error.retry_after_s or 0), partial(self._try_again, item))
-            return
+        else:
+            self._fail_for_good(item, error)
+
+    def _fail_for_good(self, item: _Item, error: RaylmError) -> None:
         failed = Record(
             position=item.position,
             key=item.key,
@@ -621,7 +626,7 @@ class Job:
 
     def _check_failures(self) -> None:
         most = self._config.max_failures
-        if most is None or self._stopped is not None:
+        if most is None or self._stopped is not None or self._gave_up:
             return
         if 0 < most < 1:
             if self.tally.total is None:
@@ -646,28 +651,31 @@ class Job:
         if self.tally.num_kept + self.tally.num_answered < self._config.finish_at * self._num_places:
             return
         error = RequestCancelledError(f"given up when {self._config.finish_at:.4g} of the rows were answered")
+        self._gave_up = True
         self._heap.clear()
         for item in list(self._items.values()):
             streams, item.streams = item.streams, []
             self.tally.num_sent -= bool(streams)
             item.tries = max(item.tries, 1)
-            self._fail(item, error)
+            self._fail_for_good(item, error)
             for stream in streams:
                 stream.abort()
 
     async def _look_after(self) -> None:
-        """Open the gates when every actor has seen what prompts share, and send the slowest rows a second time."""
+        """Send rows where room has come, and the slowest ones a second time.
+
+        Open the gates when so many rows have begun that every actor has seen what prompts share.
+        """
         while True:
             await asyncio.sleep(_TICK_S)
             self._measure()
             if self._priming is not None and not self._primed:
-                started = [
+                num_begun = sum(
                     item.position not in self._items or any(stream.num_tokens for stream in item.streams)
                     for item in self._priming
-                ]
-                if started and all(started):
-                    self._primed = True
-                    self._feed()
+                )
+                self._primed = num_begun >= self._limit()
+            self._feed()
             if self._config.hedge and self._read_all and not self._heap and self._pace:
                 self._hedge()
 
@@ -683,10 +691,13 @@ class Job:
             stream = item.streams[0]
             expected_s = pace * max(1, stream.num_tokens)
             if stream.slot is not None and now - item.sent_at > max(_MIN_SLOW_S, _SLOW * expected_s):
+                try:
+                    self._send(item, avoid=[stream.slot])
+                except RaylmError:
+                    return  # others have the room; and where the pool has ended, the row's own stream tells
                 num_idle -= 1
                 item.hedged = True
                 self.tally.num_hedged += 1
-                self._send(item, avoid=[stream.slot])
 
     # Ledger -> output
 
@@ -737,6 +748,11 @@ def _text(request: Request) -> str:
     if request.prompt is not None:
         return request.prompt
     return "\n".join(f"{message.role}: {message.content}" for message in request.messages or ())
+
+
+def _of_the_job(error: RaylmError) -> CapacityError:
+    """Return what ends the job, of what a row has met because nobody is left to answer it."""
+    return error if isinstance(error, CapacityError) else NoActorError(error.message)
 
 
 def _located(row: Row, error: RaylmError) -> RaylmError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,9 +29,10 @@ from raylm.batch import (
 )
 from raylm.batch.job import digest
 from raylm.batch.ledger import Record
-from raylm.config import AutoscalingConfig, EngineGroup, ModelConfig
+from raylm.batch.rows import rows_of
+from raylm.config import AutoscalingConfig, EngineGroup, ModelConfig, PoolConfig
 from raylm.engines.simulated import greedy_text
-from raylm.errors import InvalidRequestError, PoolSaturatedError, TooManyFailuresError
+from raylm.errors import InvalidRequestError, NoActorError, PoolSaturatedError, TooManyFailuresError
 from tests.engines.http_server import Toy, answer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -237,6 +239,64 @@ async def test_answers_hold_while_no_engine_is_known(cluster: str, tmp_path: Pat
         await end("zero")
 
 
+async def test_rows_are_sent_as_soon_as_there_is_room(cluster: str, tmp_path: Path) -> None:
+    """A job that begins before its model has an actor sends what the first one can use, and waits for no row's end."""
+    scaling = AutoscalingConfig(min_replicas=0, max_replicas=1, upscale_delay_s=0, downscale_delay_s=0)
+    engine = SimulatedConfig(tokens_per_s=10, capacity=4)
+    config = ModelConfig(name="growing", engines=(EngineGroup(engine=engine, autoscaling=scaling),))
+    rows = [row(f"{number}", max_new_tokens=50) for number in range(8)]
+    tally: list[Tally] = []
+    await serve(config)
+    try:
+        async with AsyncServedModel("growing") as model:
+            assert model.pool.engines() == []
+            running = asyncio.ensure_future(run_batch_async(model, rows, tmp_path / "out", begun=tally.append))
+            await until(lambda: bool(tally) and (tally[0].num_sent == 8 or tally[0].num_done > 0))
+            assert tally[0].num_done == 0
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+    finally:
+        await end("growing")
+
+
+async def test_a_model_that_ends(cluster: str, tmp_path: Path) -> None:
+    """A job whose model is served no longer stops, and none of its rows has failed for that."""
+    engine = SimulatedConfig(tokens_per_s=10, capacity=4, max_context=10**9)
+    rows = [row(f"{number}", max_new_tokens=10**8) for number in range(8)]
+    tally: list[Tally] = []
+    await serve(ModelConfig(name="ending", engines=(EngineGroup(engine=engine),)))
+    try:
+        async with AsyncServedModel("ending") as model:
+            running = asyncio.ensure_future(run_batch_async(model, rows, tmp_path / "out", begun=tally.append))
+            await until(lambda: bool(tally) and tally[0].num_sent == 8)
+            await end("ending")
+            with pytest.raises(NoActorError, match="model 'ending' is served no longer"):
+                await running
+    finally:
+        await end("ending")
+    with open_ledger(tmp_path / "out") as ledger:
+        assert list(ledger.records()) == []
+
+
+async def test_a_full_queue(cluster: str, tmp_path: Path) -> None:
+    """However often a pool refuses a job's rows, no more than one timer waits to try again."""
+    config, output, nums = PoolConfig(max_queued=1), Collected(), []
+    rows = [row(f"{number}") for number in range(100)]
+    async with AsyncChatbot([ENGINE], temperature=0, address=cluster, pool_config=config) as chatbot:
+        with open_ledger(tmp_path / "out") as ledger:
+            job = Job(chatbot, ledger)
+            running = asyncio.ensure_future(job.run(rows_of(rows), output))
+
+            def ended() -> bool:
+                nums.append(len(job._timers))
+                return running.done()
+
+            await until(ended)
+            assert (await running).num_answered == 100
+    assert max(nums) <= 1
+
+
 @pytest.fixture
 def full_server() -> Iterator[Toy]:
     """A server that is full, and does not say for how long."""
@@ -362,9 +422,9 @@ async def test_a_row_may_take_so_long(pipeline: AsyncLMDeployPipeline, tmp_path:
 
 
 async def test_the_last_rows_may_be_given_up(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
-    """When the share that was asked for is answered, the rest is listed as given up, and asked by the next run."""
+    """When the share that was asked for is answered, the rest is listed as given up, which is no failure too many."""
     rows = [row(f"{number}") for number in range(19)] + [row("FAIL")]
-    config = BatchConfig(retries=1000, finish_at=0.95)
+    config = BatchConfig(retries=1000, finish_at=0.95, max_failures=0)
     tally = await run_batch_async(pipeline, rows, tmp_path / "out", config=config)
     assert (tally.num_answered, tally.num_failed) == (19, 1)
     error = rows_in(tmp_path / "out")[-1]["error"]
@@ -401,6 +461,17 @@ async def test_shards_make_one_output(pipeline: AsyncLMDeployPipeline, tmp_path:
     assert [one["text"] for one in rows_in(out)] == [greedy_text(one["prompt"], 5) for one in rows]
     tally = await run_batch_async(pipeline, rows, out)
     assert tally.num_kept == 11
+
+
+async def test_shards_that_are_merged_again(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
+    """A merge that finds nothing new makes the same output, and adds nothing to the ledger."""
+    rows, out = [row("a"), row("FAIL"), row("c")], tmp_path / "out"
+    for number in (1, 2):
+        await run_batch_async(pipeline, rows, out, shard=(number, 2), config=BatchConfig(retries=0))
+    merge_shards(out)
+    merged = out.read_bytes(), ledger_path(out).read_bytes()
+    merge_shards(out)
+    assert (out.read_bytes(), ledger_path(out).read_bytes()) == merged
 
 
 async def test_a_shard_that_was_cut_off_is_not_merged(pipeline: AsyncLMDeployPipeline, tmp_path: Path) -> None:
@@ -557,6 +628,19 @@ async def test_actors_see_a_shared_prefix_once_before_the_rest(pipeline: AsyncLM
     assert [one["text"] for one in rows_in(tmp_path / "out")] == [greedy_text(one["prompt"], 5) for one in rows]
 
 
+async def test_a_shared_prefix_holds_no_row_up_for_long(
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each actor has seen it, the others come together, also where a row's first token is its last."""
+    monkeypatch.setattr("raylm.batch.job._TICK_S", 0.01)
+    rows = [row(f"{'p' * 2000} {number}", max_new_tokens=1) for number in range(500)]
+    tally: list[Tally] = []
+    running = asyncio.ensure_future(run_batch_async(pipeline, rows, tmp_path / "out", begun=tally.append))
+    await until(lambda: running.done() or (bool(tally) and tally[0].num_sent > 2))
+    assert not running.done()
+    assert (await running).num_answered == 500
+
+
 async def test_a_slow_row_is_sent_to_another_actor(cluster: str, tmp_path: Path) -> None:
     """A last row whose actor hangs is answered by another one, long before anybody would call the actor dead."""
     faults = (Fault(match="HANG", at_token=3, action="hang"),)
@@ -574,6 +658,41 @@ async def test_a_slow_row_is_sent_to_another_actor(cluster: str, tmp_path: Path)
                 break
         assert tally.num_hedged
         assert time.monotonic() - began_at < 20
+
+
+async def test_a_slow_row_waits_for_room_elsewhere(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody has room for a slow row, that is no end of the job: it is sent again when somebody has."""
+    monkeypatch.setattr("raylm.batch.job._MIN_SLOW_S", math.inf)
+    refused = asyncio.Event()
+    send = Job._send
+
+    def noted(*arguments: Any, **more: Any) -> None:
+        try:
+            send(*arguments, **more)
+        except PoolSaturatedError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(Job, "_send", noted)
+    healthy = SimulatedConfig(tokens_per_s=500, capacity=2, max_context=10**9)
+    engines = [healthy, healthy.model_copy(update={"faults": (Fault(match="HANG", at_token=3, action="hang"),)})]
+    config = PoolConfig(max_queued=1, interactive_reserve=0.5)  # room for one row in each slot
+    tally: list[Tally] = []
+    async with AsyncChatbot(engines, temperature=0, address=cluster, pool_config=config) as chatbot:
+        others = [chatbot.request(prompt="others", max_new_tokens=10**8) for _ in range(2)]
+        async with chatbot.pool.stream(others[0], lane="batch", avoid=[1]) as first:
+            await until(lambda: first.slot == 0)
+            rows = [row("a", max_new_tokens=20), row("HANG", max_new_tokens=10)]
+            running = asyncio.ensure_future(run_batch_async(chatbot, rows, tmp_path / "out", begun=tally.append))
+            await until(lambda: bool(tally) and tally[0].num_answered == 1 and not chatbot.statistics().num_waiting)
+            async with chatbot.pool.stream(others[1], lane="batch"):
+                monkeypatch.setattr("raylm.batch.job._MIN_SLOW_S", 0.0)
+                await refused.wait()
+                assert tally[0].num_hedged == 0
+        assert (await running).num_answered == 2
+    assert tally[0].num_hedged == 1
 
 
 async def test_the_digest_is_of_words_and_parameters(pipeline: AsyncLMDeployPipeline) -> None:
