@@ -373,7 +373,7 @@ def batch(
     config = BatchConfig(
         retries=retries,
         timeout_s=timeout,
-        max_failures=_parse_share(max_failures, "--max-failures"),
+        max_failures=_parse_failures(max_failures),
         finish_at=_parse_share(finish_at, "--finish-at"),
         share_equal=share_equal,
         hedge=hedge,
@@ -406,8 +406,6 @@ def report(output: _Job, *, as_json: _JsonFigures = False) -> None:
 
     The figures are those of OUT.ledger. They are written to OUT.report.json, and as a page to OUT.report.html.
     """
-    import msgspec
-
     from raylm.batch import ledger_path
     from raylm.batch.report import read_report, to_table, write_report
 
@@ -445,8 +443,6 @@ def verify(
     Their inputs are read from the file that the batch has read, and the same engines are started, or the same endpoint
     is asked, as the batch did last, unless options name others.
     """
-    import msgspec
-
     from raylm.batch import ledger_path
     from raylm.batch.verify import Sample, Verification, to_lines
 
@@ -869,19 +865,27 @@ def _parse_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _parse_share(text: str | None, option: str) -> Any:
-    """Return a number, or a share of 1 for one with a percent sign."""
+def _parse_failures(text: str | None) -> float | None:
+    """Return a number of rows, or a share below 1 for a percentage; None where any number of rows may fail."""
     if text is None:
         return None
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        raise typer.BadParameter(f"expected a number or a percentage, got {text}", param_hint=option) from None
+    if text.isdecimal():
+        return int(text)
     if not text.endswith("%"):
-        return value
-    if not 0 < value <= 100:
-        raise typer.BadParameter(f"expected above 0 and up to 100%, got {text}", param_hint=option)
-    return value / 100
+        raise typer.BadParameter(f"expected a number of rows or a percentage, got {text}", param_hint="--max-failures")
+    share = _parse_share(text, "--max-failures")
+    return None if share == 1 else share
+
+
+def _parse_share(text: str, option: str) -> float:
+    """Return a share of 1 for a percentage."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not (text.endswith("%") and 0 < share <= 1):
+        raise typer.BadParameter(f"expected a percentage above 0% and up to 100%, got {text}", param_hint=option)
+    return share
 
 
 def _parse_column(text: str) -> tuple[str, str]:
@@ -1011,10 +1015,7 @@ def _run_batch(
         if output != "-" and tally.num_rows:
             _say(f"it ended early: {_counts(tally)}. The same command goes on from there")
             if shard[1] == 1 and (Path(output).is_file() or not Path(output).exists()):
-                try:
-                    _report_batch(Path(output))
-                except OSError as error:  # the disk may be what has ended it
-                    _say(f"there is no report: {error}", "red")
+                _report_batch(Path(output))
         raise
 
 
@@ -1024,8 +1025,12 @@ def _report_batch(output: Path) -> None:
     from raylm.batch.report import percentiles, read_report, span, write_report
 
     ledger = ledger_path(output)
-    found = read_report(ledger)
-    _, page = write_report(ledger, found)
+    try:
+        found = read_report(ledger)
+        _, page = write_report(ledger, found)
+    except OSError as error:  # the disk is full: what was answered is there all the same
+        _say(f"there is no report: {error}", "red")
+        return
     if found.failures:
         _say("failed: " + ", ".join(f"{failure.rows} {failure.type}" for failure in found.failures))
     if found.latency_s.num:

@@ -168,6 +168,16 @@ def test_a_full_disk(cluster: str, source: Path) -> None:
     check_output(source)
 
 
+def test_a_report_that_cannot_be_written(cluster: str, source: Path) -> None:
+    """A job that is complete is so without its report, which it says is missing."""
+    (source.parent / "out.report.html.partial").mkdir()
+    with batch(source, engine(tokens_per_s=10_000), cluster=cluster) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "there is no report: " in said
+    check_output(source)
+
+
 QUESTIONS = Path(__file__).parents[2] / "docs" / "guides" / "batch" / "questions.csv"
 
 
