@@ -315,7 +315,7 @@ EngineConfig = Annotated[
 
 
 class SessionConfig(_Config):
-    """Where sessions are kept, and its limits.
+    """Where sessions are kept, and its limits. The text of a `url` alone will do.
 
     Attributes:
         url: Database that keeps them, `redis://host:port/number` or `rediss://...` for TLS, with a password as
@@ -335,6 +335,11 @@ class SessionConfig(_Config):
     turn_timeout_s: PositiveFloat = 10
     max_sessions: int = Field(default=100_000, ge=1)
     max_bytes: int = Field(default=1 << 30, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_a_url(cls, given: Any) -> Any:
+        return {"url": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _has_one_password(self) -> Self:
@@ -389,7 +394,8 @@ class BatchConfig(_Config):
 
     Attributes:
         retries: How often a row that failed is asked again, where that may help. The pool has tried several actors by
-            then. Rows that are refused, and rows that took two actors down with them, are not asked again.
+            then. What is wrong with the row itself, or has taken two actors down, is not tried again; a row that a
+            server refuses because it is full is asked until it is taken.
         timeout_s: Limit on the time since an actor first got a row; None: no limit.
         max_failures: The job stops when more rows than this have failed; a share of all rows where it is below 1.
             None: no limit.

@@ -435,6 +435,19 @@ def test_a_password_is_in_one_place(settings: dict[str, Any], reason: str) -> No
     assert "secret" not in str(raised.value)
 
 
+def test_a_url_alone() -> None:
+    """A database may be said by its url alone; a wrong one is an error that does not show it."""
+
+    def parse(sessions: str) -> SessionConfig:
+        model = {"name": "m", "engines": [{"kind": "simulated"}], "sessions": sessions}
+        return ServeConfig.parse({"models": [model]}).models[0].sessions
+
+    assert parse("redis://10.0.0.7:6379/0") == SessionConfig(url="redis://10.0.0.7:6379/0")
+    with pytest.raises(InvalidRequestError, match=r"sessions\.url") as raised:
+        parse("http://:secret@10.0.0.7")
+    assert "secret" not in str(raised.value)
+
+
 SESSIONS = st.sampled_from("abcd")
 TURNS = st.sampled_from("xyz")
 TEXTS = st.text(max_size=5)
