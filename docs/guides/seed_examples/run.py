@@ -1,6 +1,7 @@
 """Runs lagent's examples, each in a process of its own, and writes what they print to `../seed-examples.md`.
 
-From the root of the repository, with the virtual environments of `make test` and `make test-lmdeploy`:
+From the root of the repository, with the virtual environment of `make test-lmdeploy`, on a machine without GPU. There is
+no OpenVINO in it, so that `LMDeployPipeline` takes lmdeploy's PyTorch engine by itself.
 
     .venv-lmdeploy/bin/python -m docs.guides.seed_examples.run
 
@@ -20,8 +21,6 @@ from raylm import LMDeployServer
 from tests.engines.triton_server import TritonServer
 
 HERE = Path(__file__).parent
-OPENVINO = Path(".venv/bin/python")  # where `LMDeployPipeline` takes OpenVINO, on a machine without GPU
-LMDEPLOY = Path(sys.executable)
 FIRST, LAST = 20, 10
 """Lines of a long output that are shown, from its beginning and from its end."""
 
@@ -31,16 +30,16 @@ raylm's four classes have the interface of lagent's classes for lmdeploy. Here a
 paths, addresses and names of models are changed. What follows each is what it printed, a long output without its middle.
 `stream_chat` yields the text so far, and the examples print it each time.
 
-SmolLM2-135M-Instruct is a small model, here on OpenVINO (`LMDeployPipeline`) and on lmdeploy's PyTorch engine on CPU, and
-the Triton server has a toy for a model: the answers are no better than that. `python -m docs.guides.seed_examples.run` makes this page anew.
+SmolLM2-135M-Instruct is a small model, here on lmdeploy's PyTorch engine on CPU, and the Triton server has a toy for a model:
+the answers are no better than that. `.venv-lmdeploy/bin/python -m docs.guides.seed_examples.run` makes this page anew.
 """
 
 
-def run(name: str, python: Path, environment: Mapping[str, str]) -> str:
+def run(name: str, environment: Mapping[str, str]) -> str:
     """Run one example and return its part of the page."""
     file = HERE / f"{name}.py"
     result = subprocess.run(  # noqa: S603 - our own examples
-        [str(python), str(file)], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, str(file)], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
     )
     return f"\n## {name}.py\n\n```python\n{file.read_text()}```\n\n````text\n{shortened(result.stdout)}````\n"
 
@@ -64,10 +63,10 @@ def api_server() -> Iterator[str]:
 def main() -> None:
     """Run all four."""
     with TritonServer(models=["vllm"]) as triton:
-        parts = [run("triton_client", OPENVINO, {"TRITON": triton.address})]
-    parts += [run("lmdeploy_pipeline", OPENVINO, {}), run("lmdeploy_server", LMDEPLOY, {})]
+        parts = [run("triton_client", {"TRITON": triton.address})]
+    parts += [run("lmdeploy_pipeline", {}), run("lmdeploy_server", {})]
     with api_server() as url:
-        parts.append(run("lmdeploy_client", LMDEPLOY, {"API_SERVER": url}))
+        parts.append(run("lmdeploy_client", {"API_SERVER": url}))
     (HERE.parent / "seed-examples.md").write_text(HEAD + "".join(parts))
 
 
