@@ -394,11 +394,11 @@ class BatchConfig(_Config):
 
     Attributes:
         retries: How often a row that failed is asked again, where that may help. The pool has tried several actors by
-            then. What is wrong with the row itself, or has taken two actors down, is not tried again; a row that a
-            server refuses because it is full is asked until it is taken.
+            then. A row that is refused for want of room is asked until it is taken, which counts as no try. What is
+            wrong with the row itself, has taken longer than `timeout_s`, or took two actors down is not asked again.
         timeout_s: Limit on the time since an actor first got a row; None: no limit.
         max_failures: The job stops when more rows than this have failed; a share of all rows where it is below 1.
-            None: no limit.
+            None: no limit. Rows that `finish_at` gives up do not count.
         finish_at: Share of the rows, above 0 to 1. When so many are answered, the rest is given up, listed as failed.
         share_equal: Ask equal greedy rows once, and give each the answer.
         hedge: Send the last rows to a second slot when the first is much slower than usual; the first answer counts.
