@@ -9,7 +9,7 @@ import pytest
 
 from tests.multinode.driver import Driver
 from tests.multinode.rig import Rig
-from tests.multinode.test_nodes import all_right, started
+from tests.multinode.test_nodes import NUM_STREAMS, all_right, served, started
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -30,9 +30,10 @@ async def test_node_is_cut_off_until_ray_takes_it_for_dead(rig: Rig, driver: Dri
     Its actors' answers are heard by nobody. The manager is on it too, and another one has taken its place: the first
     one finds all actors silent but those beside it, and must not have them replaced.
     """
-    victim, pids = await started(rig, driver, 1500)
+    victim, pids = await served(rig, driver)
     await driver.ask("move_manager", node=victim.id)
     others = [slot["pid"] for slot in await driver.ask("up") if slot["pid"] not in pids]
+    await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1500)
     await asyncio.to_thread(rig.cut, victim)
     cut_at = time.monotonic()
     await driver.ask("until_dead", node=victim.id)

@@ -21,14 +21,20 @@ _KILLED = re.compile(r"kill\w*.*memory|memory.*kill", re.IGNORECASE)
 """How a raylet logs that it has killed a process for its memory."""
 
 
-async def started(rig: Rig, driver: Driver, num_tokens: int, replicas: int = 6) -> tuple[Node, list[int]]:
-    """Serve a model and have 64 streams on their way; return a node with most of its actors, and their processes."""
+async def served(rig: Rig, driver: Driver, replicas: int = 6) -> tuple[Node, list[int]]:
+    """Serve a model; return a node with most of its actors, and their processes."""
     await driver.ask("serve", engines=[{**SIMULATED, "replicas": replicas}], pool=POOL)
     slots = await driver.ask("up")
     (busiest, _), *_ = Counter(slot["node"] for slot in slots).most_common()
     print(f"the busiest node is {busiest}; others are at {await driver.ask('where')}")
-    await driver.ask("crowd", size=NUM_STREAMS, num_tokens=num_tokens)
     return rig.node(busiest), [slot["pid"] for slot in slots if slot["node"] == busiest]
+
+
+async def started(rig: Rig, driver: Driver, num_tokens: int, replicas: int = 6) -> tuple[Node, list[int]]:
+    """Do the same, and have 64 streams on their way."""
+    found = await served(rig, driver, replicas)
+    await driver.ask("crowd", size=NUM_STREAMS, num_tokens=num_tokens)
+    return found
 
 
 def all_right(outcome: dict[str, Any], *, moved: str) -> None:
