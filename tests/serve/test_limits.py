@@ -19,7 +19,7 @@ import requests
 from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-from tests.serve.command import ServeCommand, serve_command, wait_for
+from tests.serve.command import GATEWAY_PORTS, ServeCommand, serve_command, wait_for
 from tests.serve.conftest import KEYS, SIMULATED, TOKENS_PER_S
 
 CHAT = "/v1/chat/completions"
@@ -46,7 +46,7 @@ class Gateway:
     def __init__(self, endpoint: ServeCommand) -> None:
         gateway = endpoint.processes("ray::ServeReplica:raylm:gateway")[0]
         ports = {one.laddr.port for one in gateway.net_connections("tcp4") if one.status == psutil.CONN_LISTEN}
-        (port,) = (port for port in ports if 30000 <= port <= 31000)
+        (port,) = ports.intersection(GATEWAY_PORTS)
         self.url = f"http://127.0.0.1:{port}"
 
 
@@ -358,6 +358,7 @@ def test_client_leaves(front: tuple[Front, ServeCommand], stream: bool, header: 
     Also that of one that asks Serve not to look.
     """
     asked, endpoint = front
+    wait_for(lambda: all(slot["engine"] for slot in endpoint.state()["slots"]))  # told some seconds after the start
     wait_for(lambda: _in_engines(endpoint)[0] == 0)
     _, before = _in_engines(endpoint)
     aborted = endpoint.state()["num_aborted"]
