@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from raylm.engines.lmdeploy import find_model
 from raylm.errors import ActorLostError, EngineError, EngineStartError, InvalidRequestError, RaylmError, UpstreamError
 from raylm.messages import EngineInfo, EngineStatistics, Request
 from raylm.models import cache_folder, max_context, model_name
-from raylm.ports import belongs_to_another, free_port, holder
+from raylm.ports import belongs_to_another, free_port, holder, refusal
 
 _POLL_S = 0.1  # between two looks at whether a starting server listens
 _PING_S = 2.0  # between two health checks of a running one
@@ -476,16 +475,11 @@ def listen_address(config: APIServerConfig) -> tuple[str, int]:
     host, port = config.server_name, config.server_port or free_port()
     if config.server_port == 0 and host == "0.0.0.0":  # noqa: S104
         host = "127.0.0.1"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise EngineStartError(
-                f"the api_server cannot listen on {host}:{port} ({error.strerror}){holder(port)}; end that, or set "
-                "server_port to another one, or to 0 for any that is free"
-            ) from error
+    if why := refusal(host, port):
+        raise EngineStartError(
+            f"the api_server cannot listen on {host}:{port} ({why}); end that, or set "
+            "server_port to another one, or to 0 for any that is free"
+        )
     return host, port
 
 

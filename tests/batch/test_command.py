@@ -1,28 +1,18 @@
 """The options of `raylm batch` that say when to give up."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-RAYLM = str(Path(sys.executable).with_name("raylm"))
+from tests.test_cli import run
 
 
 def batch(cluster: str | None, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Run `raylm batch` on rows that all fail."""
     source = folder / "in"
     source.write_text('{"prompt": ""}\n' * 3)
-    outer = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", "RAYLM_DEBUG"}}
-    return subprocess.run(
-        [RAYLM, "batch", str(source), f"--output={folder / 'out'}", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**outer, **({} if cluster is None else {"RAY_ADDRESS": cluster}), "COLUMNS": "200"},
-    )
+    return run(cluster, "batch", str(source), f"--output={folder / 'out'}", *args)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from raylm.messages import Message
 from tests.chaos.clients import Ask, Conversation, Crowd, chat, completion
 from tests.chaos.conftest import GATEWAY, MANAGER, STORE, Chaos
+from tests.serve.command import GATEWAY_PORTS
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -239,7 +240,7 @@ def _num_connections(pid: int) -> int:
     """Return how many connections a gateway has taken and not closed."""
     connections = psutil.Process(pid).net_connections("tcp")
     listening = {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
-    ports = listening & set(range(30000, 31001))  # of HTTP; the others are Ray's
+    ports = listening.intersection(GATEWAY_PORTS)
     return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port in ports for one in connections)
 
 

@@ -33,6 +33,9 @@ HAPROXY_PORTS = (
 )
 """Without these, two commands that start at the same moment would both find the usual ones free."""
 
+GATEWAY_PORTS = range(30000, 31001)
+"""Where Serve has its replicas listen for HTTP. Their other ports are Ray's."""
+
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
 

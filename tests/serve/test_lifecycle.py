@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from raylm.ports import free_port, holder
-from tests.serve.command import HAPROXY_PORTS, serve_command
+from tests.serve.command import GATEWAY_PORTS, HAPROXY_PORTS, serve_command
 
 ONE = {"models": [{"name": "sim", "engines": [{"kind": "simulated"}]}]}
 
@@ -50,7 +50,7 @@ def test_it_listens_at_its_host_alone(proxy: str, host: str) -> None:
         (gateway,) = command.processes("ray::ServeReplica:raylm:gateway")
         (proxy_actor,) = command.processes("ray::ProxyActor")
         port = int(command.url.rpartition(":")[2])
-        ours = {port, int(gateway.environ()["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]), *range(30000, 31001)}
+        ours = {port, int(gateway.environ()["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]), *GATEWAY_PORTS}
         found = listening([gateway, proxy_actor, *command.processes("bin/haproxy")])
         assert {address for address, number in found if number in ours} == {host}
         assert len({number for _, number in found if number in ours}) == (3 if proxy == "haproxy" else 2)
