@@ -1,6 +1,7 @@
 """One local Ray cluster for all tests of a run, and pools on it."""
 
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import ray
+from hypothesis import HealthCheck, settings
+from ray._private import services
 
 from raylm.actors.manager import PoolManager
 from raylm.actors.sessions import connect_store
@@ -22,16 +25,42 @@ from tests.multinode import rig
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
 
+# How long an example takes, or its data, says how busy the machine is.
+settings.register_profile("busy", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
+_get_node = services.get_node
+_NODE_START_S = 200.0
+
+SESSIONS = SessionConfig(turn_timeout_s=300)
+"""Of the pools that are started here: a test that stands still for some time keeps the turns that it is in."""
+
 
 def pytest_report_header() -> str:
     """Say what the nodes of tests/multinode are."""
     return f"multinode: {rig.how_here()}"
 
 
+def _get_node_patiently(*arguments: Any) -> Any:
+    """Return a node once it is known: Ray itself asks for half a minute, in which a busy machine may start none."""
+    deadline = time.monotonic() + _NODE_START_S
+    while True:
+        try:
+            return _get_node(*arguments)
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """A local Ray cluster with room for many small actors; yields its address."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "get_node", _get_node_patiently)
+        ray.init(
+            address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
+        )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -66,13 +95,13 @@ async def start_pool(cluster: str) -> AsyncIterator[StartPool]:
     async with AsyncExitStack() as stack:
 
         async def start(*engines: EngineConfig, config: PoolConfig | None = None) -> Running:
-            manager = await PoolManager.start(engines, SessionConfig())
+            manager = await PoolManager.start(engines, SESSIONS)
             stack.push_async_callback(manager.aclose)
             pool = await stack.enter_async_context(Pool(config, replace=manager.replace))
             for ready in [pool.attach(slot, actor) for slot, actor in manager.actors.items()]:
                 await ready
-            store = connect_store(SessionConfig(), manager.sessions, "raylm:test:")
+            store = connect_store(SESSIONS, manager.sessions, "raylm:test:")
             stack.push_async_callback(store.aclose)
-            return Running(pool, manager, Conversations(pool, store, SessionConfig().turn_timeout_s))
+            return Running(pool, manager, Conversations(pool, store, SESSIONS.turn_timeout_s))
 
         yield start

@@ -24,6 +24,7 @@ from raylm import (
     LMDeployConfig,
     LMDeployPipeline,
     OpenVINOConfig,
+    SessionConfig,
     SimulatedConfig,
     Status,
 )
@@ -48,7 +49,13 @@ ENGINE = SimulatedConfig(tokens_per_s=500, max_context=200)
 def chatbot(cluster: str) -> Iterator[LMDeployPipeline]:
     """Two simulated replicas, greedy, five tokens an answer."""
     with LMDeployPipeline(
-        "simulated", replicas=2, temperature=0, top_k=None, max_new_tokens=5, backend_config=ENGINE
+        "simulated",
+        replicas=2,
+        temperature=0,
+        top_k=None,
+        max_new_tokens=5,
+        backend_config=ENGINE,
+        session_config=SessionConfig(turn_timeout_s=300),  # a turn is held though the test stands still for some time
     ) as pipeline:
         yield pipeline
 
@@ -427,12 +434,17 @@ async def test_async_has_the_same_methods(async_chatbot: AsyncLMDeployPipeline) 
 
 LIFE = """
 import json, threading
+from contextlib import suppress
 import psutil
 from raylm import LMDeployPipeline, SimulatedConfig
 
 def state():
-    children = psutil.Process().children(recursive=True)
-    return [child.name() for child in children if child.status() != psutil.STATUS_ZOMBIE], threading.active_count()
+    names = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if child.status() != psutil.STATUS_ZOMBIE:
+                names.append(child.name())
+    return names, threading.active_count()
 
 before = state()
 with LMDeployPipeline("simulated", backend_config=SimulatedConfig(), address="local") as chatbot:

@@ -211,6 +211,7 @@ def test_fetch_by_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "300")  # the first waits for the last one's start, and asks once
         children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
         try:
             for child in children:
@@ -297,7 +298,14 @@ def resolve_elsewhere(hub_id: str, folder: Path, **environment: str) -> tuple[st
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
         [sys.executable, "-c", program, hub_id],
-        env={**inherited, "HF_HOME": str(folder), "NO_PROXY": "127.0.0.1", **environment},
+        env={
+            **inherited,
+            "HF_HOME": str(folder),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_ETAG_TIMEOUT": "120",  # a busy machine's answer is no silence
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",
+            **environment,
+        },
         cwd=folder,
         capture_output=True,
         text=True,

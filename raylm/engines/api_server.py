@@ -354,7 +354,12 @@ class APIServerEngine:
         Raises:
             ActorLostError: the server has died for good.
         """
-        await self._client().generate(request, emit)
+        client = self._client()
+        try:
+            await client.generate(request, emit)
+        except EngineError:
+            self._client()  # says what the server died of, if its client was closed before the request has met its end
+            raise
 
     async def tokenize(self, request: Request) -> tuple[int, ...]:
         """Return the ids of the prompt's tokens. See `HTTPEngine.tokenize`.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from raylm.messages import EngineStatistics
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-STORY_TOKENS = 120
+STORY_TOKENS = 400
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -52,25 +53,20 @@ async def engine_of(pipeline: AsyncLMDeployPipeline, slot: int) -> EngineStatist
 
 
 async def test_a_shared_prefix_that_is_seen_first_changes_no_answer(
-    pipeline: AsyncLMDeployPipeline, tmp_path: Path
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, nums_before_the_rest: list[tuple[int, int]]
 ) -> None:
     """Of prompts that begin with the same 2,000 characters each actor gets one first; texts are as without that."""
     log = "The keeper of the lighthouse wrote into his log that the night was calm. " * 28
     prompts = [f"{log}\nQuestion: what is {number} plus {number}?\nAnswer:" for number in range(6)]
     undisturbed = await pipeline.generate(prompts, max_new_tokens=6, timeout=None)
-    tallies: list[Tally] = []
     rows = [{"prompt": prompt} for prompt in prompts]
-    job = run_batch_async(pipeline, rows, tmp_path / "out", begun=tallies.append, max_new_tokens=6)
-    running = asyncio.ensure_future(job)
-    await until(lambda: bool(tallies) and tallies[0].num_rows == len(rows))
-    num_sent_first = tallies[0].num_sent
-    await running
-    assert num_sent_first == 2
+    await run_batch_async(pipeline, rows, tmp_path / "out", max_new_tokens=6)
+    assert max(nums_before_the_rest) == (len(rows), 2)
     assert texts_in(tmp_path / "out") == undisturbed
 
 
 async def test_a_row_that_was_sent_to_two_is_given_up_by_the_slower_one(
-    pipeline: AsyncLMDeployPipeline, tmp_path: Path
+    pipeline: AsyncLMDeployPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer of a row whose first engine stands still is as without that; the engine drops it in the middle."""
     questions = [f"Question {number}: what is {number} plus {number}? Answer:" for number in range(4)]
@@ -82,6 +78,7 @@ async def test_a_row_that_was_sent_to_two_is_given_up_by_the_slower_one(
     ]
     rows = [*({"prompt": question, "max_new_tokens": 6} for question in questions), {"prompt": story, **long}]
     tallies: list[Tally] = []
+    monkeypatch.setattr("raylm.batch.job._MIN_SLOW_S", math.inf)  # of an engine that stands still by itself
     running = asyncio.ensure_future(run_batch_async(pipeline, rows, tmp_path / "out", begun=tallies.append))
     await until(lambda: bool(tallies) and tallies[0].num_answered == len(questions))
     (slow,) = (slot for slot in pipeline.statistics().slots if slot.num_running)
@@ -91,6 +88,7 @@ async def test_a_row_that_was_sent_to_two_is_given_up_by_the_slower_one(
         if "raylm.engines.openvino_worker" in process.cmdline()
     )
     worker.send_signal(signal.SIGSTOP)
+    monkeypatch.undo()
     try:
         num_before = (await engine_of(pipeline, slow.slot)).num_tokens
         tally = await running

@@ -1,11 +1,16 @@
 """The engines that the conformance suite runs on, and what tests of engines have in common."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import pytest
+from hypothesis import HealthCheck, settings
+
 from raylm.config import EngineConfig, HTTPConfig, OpenVINOConfig, SimulatedConfig, TritonConfig
+from raylm.engines import http, triton
 from raylm.engines.base import Engine
 from raylm.messages import Delta, Details, FinishReason, Generated, GenerationConfig, Message, Request, Usage
 
@@ -13,12 +18,35 @@ from .http_server import Toy
 from .triton_server import TritonServer
 
 MODEL = "smollm2-135m-instruct"
+ROOMY = 16_384
+"""A context that takes half a minute to fill with 500 tokens a second."""
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Settings of a property that says nothing about time: the machine may be busy."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _patience() -> Iterator[None]:
+    """Servers on a busy machine may take more than seconds to answer what is no generation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "_HEALTH_TIMEOUT_S", 60)
+        patch.setattr(triton, "_CALL_TIMEOUT_S", 60)
+        yield
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port that the system gives to nobody as long as the block lasts. Whoever names it may listen there."""
+    with socket.socket() as keeper:  # bound, but not listening
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield keeper.getsockname()[1]
 
 
 @contextmanager
 def http_config() -> Iterator[EngineConfig]:
     """Settings of a client, as long as its server runs."""
-    with Toy().in_thread() as server:
+    with Toy(max_context=ROOMY).in_thread() as server:
         yield HTTPConfig(url=server.url, capacity=8, max_context=server.max_context)
 
 
@@ -37,10 +65,18 @@ class Subject:
         config: Its settings, with what has to run around it.
         refuses: What it cannot honour, and has to refuse by name. Tests that need it do not apply to this engine; any
             other refusal is a failure.
+        slowly: What a prompt begins with so that its answer takes its time.
+        many_tokens: Of an answer that takes longer than anybody may be late on a busy machine.
     """
 
     config: Callable[[], AbstractContextManager[EngineConfig]]
     refuses: frozenset[str] = frozenset()
+    slowly: str = ""
+    many_tokens: int = 900
+
+    def lasting(self, prompt: str) -> Request:
+        """Return a request that is under way until a test ends it."""
+        return make_request(self.slowly + prompt, max_new_tokens=self.many_tokens, ignore_eos=True)
 
 
 NOT_HTTP = frozenset({"echo", "top_logprobs", "presence_penalty", "frequency_penalty", "tokenize messages"})
@@ -48,25 +84,30 @@ _NOT_TRITON = frozenset(
     {"messages", "prompt_token_ids", "echo", "logprobs", "top_logprobs", "json_schema", "tokenize", "tokenize messages"}
 )
 _NO_PENALTY = frozenset({"presence_penalty", "frequency_penalty"})
+_SLOWLY = "[[pace=0.05]] "  # seconds between two tokens. See `triton_models/lib/toy.py`
 
 SUBJECTS: dict[str, Subject] = {
     "simulated": Subject(
-        lambda: nullcontext(SimulatedConfig(tokens_per_s=500, capacity=8, max_context=1024)),
+        lambda: nullcontext(SimulatedConfig(tokens_per_s=500, capacity=8, max_context=ROOMY)),
         _NO_PENALTY | {"json_schema"},
+        many_tokens=16_000,
     ),
     "openvino": Subject(
         lambda: nullcontext(OpenVINOConfig(path=MODEL, capacity=8, max_context=1024, deterministic=True)),
         frozenset({"top_logprobs", "json_schema"}),
     ),
-    "http": Subject(http_config, NOT_HTTP | {"json_schema"}),
-    "triton-vllm": Subject(lambda: triton_config("vllm"), _NOT_TRITON),
-    "triton-ensemble": Subject(lambda: triton_config("ensemble"), _NOT_TRITON | _NO_PENALTY),
+    "http": Subject(http_config, NOT_HTTP | {"json_schema"}, many_tokens=16_000),
+    "triton-vllm": Subject(lambda: triton_config("vllm"), _NOT_TRITON, _SLOWLY),
+    "triton-ensemble": Subject(lambda: triton_config("ensemble"), _NOT_TRITON | _NO_PENALTY, _SLOWLY),
     "triton-llmapi": Subject(
-        lambda: triton_config("tensorrt_llm"), _NOT_TRITON | {"ignore_eos", "min_new_tokens", "repetition_penalty"}
+        lambda: triton_config("tensorrt_llm"),
+        _NOT_TRITON | {"ignore_eos", "min_new_tokens", "repetition_penalty"},
+        _SLOWLY,
     ),
     "triton-turbomind": Subject(
         lambda: triton_config("turbomind", "preprocessing", "postprocessing"),
         _NOT_TRITON | _NO_PENALTY | {"min_new_tokens"},
+        _SLOWLY,
     ),
 }
 """The engines of the conformance suite by name; a new engine is added here."""

@@ -15,8 +15,8 @@ from tests.engines.http_server import Toy
 
 
 async def serve(host: str, port: int, name: str, api_key: str | None) -> None:
-    """Serve until this process is killed."""
-    async with Toy(model=name, api_key=api_key).running(port, host=host):
+    """Serve until this process is killed. Slowly: what a test breaks off does not end by itself before."""
+    async with Toy(model=name, api_key=api_key, tokens_per_s=20).running(port, host=host):
         await asyncio.Event().wait()
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -79,9 +80,16 @@ def lives(pid: int) -> bool:
         return False
 
 
-async def gone(numbers: list[int]) -> None:
+async def gone(numbers: list[int], within_s: float = 60) -> None:
     """Return when none of these processes runs."""
-    await until(lambda: not any(map(lives, numbers)))
+    deadline = time.monotonic() + within_s
+    while True:
+        now = time.monotonic()  # before the look: one that comes late decides all the same
+        left = [pid for pid in numbers if lives(pid)]
+        if not left:
+            return
+        assert now < deadline, left
+        await asyncio.sleep(0.02)
 
 
 async def healthy(engine: APIServerEngine) -> None:
@@ -375,13 +383,13 @@ async def test_second_death_is_for_good(configure: Configure, start: Start) -> N
 
 async def test_hung_server(configure: Configure, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is stopped is killed and started again, and what waits for it fails."""
-    monkeypatch.setattr(api_server, "_HANG_S", 0.5)
     config = configure()
     engine = await start(config)
     record = Record()
     task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
     await record.wait()
     os.kill(pids(config)[0][0], signal.SIGSTOP)
+    monkeypatch.setattr(api_server, "_HANG_S", 0.5)  # not before: a server that is only late would be killed for it
     with pytest.raises(UpstreamError):
         await task
     await until(lambda: len(pids(config)) == 2)
@@ -431,7 +439,7 @@ async def test_close_with_a_stopped_supervisor(
 
 @pytest.mark.parametrize("name", ["serves", "hangs"])
 async def test_parent_killed(configure: Configure, name: str) -> None:
-    """A parent that is killed takes the server and its child with it, loading or not."""
+    """A parent that is killed takes the server and its child with it within five seconds, loading or not."""
     config = configure(name)
     code = f"""
 import asyncio
@@ -456,8 +464,7 @@ asyncio.run(main())
     finally:
         parent.kill()
         await parent.wait()
-    async with asyncio.timeout(5):
-        await gone([process.pid for process in processes])
+    await gone([process.pid for process in processes], within_s=5)
 
 
 @pytest.mark.parametrize("module", ["openvino_worker", "lmdeploy_worker", "api_server_child serve"])
@@ -470,7 +477,7 @@ async def test_parent_that_was_gone_before(module: str) -> None:
         sys.executable, "-m", f"raylm.engines.{name}", *arguments, str(gone.pid), stdin=subprocess.PIPE
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             assert await child.wait() == 1
     finally:
         if child.returncode is None:

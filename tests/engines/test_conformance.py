@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from raylm.messages import Delta, EngineInfo, Request
 
 from .conftest import SUBJECTS, Prompt, Record, Subject, ask, make_request, run, run_all, until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 STORY = "Once upon a time"
 TEXTS = [STORY, "The capital of France", "😀 🚀 😀 🚀 😀 🚀 😀", "你好世界 你好世界 你好", "مرحبا بالعالم مرحبا"]
@@ -91,29 +92,40 @@ def info(started: tuple[Engine, EngineInfo]) -> EngineInfo:
 
 def open_files() -> set[str]:
     """Return what this process has open."""
-    return {f"{entry.name}: {entry.readlink()}" for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # a thread has closed it since
+            found.add(f"{entry.name}: {entry.readlink()}")
+    return found
+
+
+def grpc_ends_a_call() -> bool:
+    """Whether gRPC has yet to end its task of a call that was closed, which it does when its own thread gets to it."""
+    return any("_AioCall." in repr(task) for task in asyncio.all_tasks())
 
 
 async def test_close(config: EngineConfig, subject: Subject) -> None:
     """Closing fails what runs and leaves no task, thread, process or file behind; closing again does nothing.
 
     It is the first test of each engine: later another one of the kind is at work here, whose connections come and go.
+    What went before may end meanwhile: connections and processes of tests in other files.
     """
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
-    children = set(psutil.Process().children(recursive=True))
+    children = set(psutil.Process().children())
     engine = Asked(build(config), subject.refuses)
     await engine.start()
     record = Record()
-    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
+    task = asyncio.create_task(engine.generate(subject.lasting(STORY), record.emit))
     await record.wait()
     await engine.close()
     with pytest.raises(EngineError):
         await task
     await engine.close()
+    assert set(psutil.Process().children()) <= children
+    await until(lambda: not grpc_ends_a_call())
     assert asyncio.all_tasks() == tasks
-    assert set(psutil.Process().children(recursive=True)) == children
     await until(lambda: {thread for thread in threading.enumerate() if "asyncio" not in thread.name} <= threads)
-    await until(lambda: open_files() == files)
+    await until(lambda: open_files() <= files)
 
 
 async def test_info(config: EngineConfig, info: EngineInfo) -> None:
@@ -486,13 +498,12 @@ async def test_seed(engine: Engine) -> None:
     assert first.text == again.text != other.text
 
 
-async def test_cancellation(engine: Engine) -> None:
+async def test_cancellation(engine: Engine, subject: Subject) -> None:
     """A cancelled request leaves the engine, which then does nothing more for it; others go on undisturbed."""
     expected = await run(engine, make_request(STORY, max_new_tokens=60, ignore_eos=True))
     victims = [Record() for _ in range(4)]
     tasks = [
-        asyncio.create_task(engine.generate(make_request(f"{n}", max_new_tokens=900, ignore_eos=True), victim.emit))
-        for n, victim in enumerate(victims)
+        asyncio.create_task(engine.generate(subject.lasting(f"{n}"), victim.emit)) for n, victim in enumerate(victims)
     ]
     other = asyncio.create_task(run(engine, make_request(STORY, max_new_tokens=60, ignore_eos=True)))
     for victim in victims:
@@ -512,10 +523,10 @@ async def test_cancellation(engine: Engine) -> None:
     assert told == [len(victim.deltas) for victim in victims]
 
 
-async def test_cancellation_at_once(engine: Engine) -> None:
+async def test_cancellation_at_once(engine: Engine, subject: Subject) -> None:
     """A request cancelled before its first token leaves the engine too."""
     record = Record()
-    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900), record.emit))
+    task = asyncio.create_task(engine.generate(subject.lasting(STORY), record.emit))
     await until(lambda: engine.statistics().num_running == 1)
     task.cancel()
     await asyncio.wait([task])
@@ -527,23 +538,23 @@ async def test_statistics(engine: Engine) -> None:
     """The statistics count running requests and generated tokens."""
     before = engine.statistics()
     assert before.num_running == 0
-    record = Record()
-    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=40, ignore_eos=True), record.emit))
-    await record.wait()
-    during = engine.statistics()
+    told = []
+    await engine.generate(
+        make_request(STORY, max_new_tokens=40, ignore_eos=True), lambda _: told.append(engine.statistics())
+    )
+    during = told[0]  # at the first delta: when a test gets round to looking, the answer may have ended
     assert during.num_running == 1
     assert during.cache_usage is None or 0 < during.cache_usage <= 1
-    await task
     after = engine.statistics()
     assert after.num_running == 0
     assert after.num_tokens == before.num_tokens + 40
     assert not after.cache_usage
 
 
-async def test_health_while_generating(engine: Engine) -> None:
+async def test_health_while_generating(engine: Engine, subject: Subject) -> None:
     """The health check answers while requests run."""
     record = Record()
-    task = asyncio.create_task(engine.generate(make_request(STORY, max_new_tokens=900, ignore_eos=True), record.emit))
+    task = asyncio.create_task(engine.generate(subject.lasting(STORY), record.emit))
     await record.wait()
     await engine.check_health()
     assert not task.done()

@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,9 @@ from raylm.messages import Delta, Generated, Message, Request
 from raylm.models import resolve
 
 from .conftest import MODEL, Record, ask, check_special_stop_word, make_request, run, run_all, until
+from .test_api_server import gone
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 STORY = "Once upon a time"
 
@@ -43,7 +45,12 @@ async def engine() -> AsyncIterator[OpenVINOEngine]:
 
 def children() -> list[psutil.Process]:
     """Return the engines' child processes of this one."""
-    return [process for process in psutil.Process().children() if "raylm.engines.openvino_worker" in process.cmdline()]
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            if "raylm.engines.openvino_worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 async def test_text_does_not_depend_on_the_batch(engine: OpenVINOEngine) -> None:
@@ -293,16 +300,21 @@ import asyncio
 from raylm.config import OpenVINOConfig
 from raylm.engines.openvino import OpenVINOEngine
 
-asyncio.run(OpenVINOEngine(OpenVINOConfig(path={MODEL!r})).start())
+async def main():
+    await OpenVINOEngine(OpenVINOConfig(path={MODEL!r})).start()
+    await asyncio.Event().wait()  # to be killed, however late that comes
+asyncio.run(main())
 """
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
-    family = psutil.Process(parent.pid)
-    await until(lambda: bool(family.children()))
-    (child,) = family.children()
-    await until(lambda: any("libopenvino_genai" in loaded.path for loaded in child.memory_maps()))
-    parent.kill()
-    await parent.wait()
-    await until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    try:
+        family = psutil.Process(parent.pid)
+        await until(lambda: bool(family.children()))
+        (child,) = family.children()
+        await until(lambda: any("libopenvino_genai" in loaded.path for loaded in child.memory_maps()))
+    finally:
+        parent.kill()
+        await parent.wait()
+    await gone([child.pid])
 
 
 KV_BLOCKS = 2

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -36,18 +36,24 @@ from raylm.errors import (
 )
 from raylm.messages import Generated, Request
 
-from .conftest import Record, ask, make_request, run, until
+from .conftest import Record, ask, kept_port, make_request, run, until
 from .triton_server import MODELS, TritonServer, make_repository
 
 sys.path.append(str(MODELS / "lib"))
 from toy import greedy_text
 
-pytestmark = pytest.mark.timeout(60)
-
 STORY = "Once upon a time"
 TEXT_MODELS = ["vllm", "ensemble", "tensorrt_llm"]
 ALL_MODELS = [*TEXT_MODELS, "turbomind"]
 TURBOMIND = ["turbomind", "preprocessing", "postprocessing"]
+SILENCE_S = 17
+"""A silence that is none of a server on a busy machine."""
+
+
+@pytest.fixture(autouse=True)
+def _patient_turbomind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a call may come late on a busy machine, where a request to stop it would be one more in the log."""
+    monkeypatch.setattr(triton_turbomind, "_STOP_PATIENCE_S", 20)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
 @asynccontextmanager
 async def connect(server: TritonServer, model: str = "vllm", **settings: Any) -> AsyncIterator[TritonEngine]:
     """A started engine."""
-    settings = {"session_len": 1024, "idle_timeout_s": 20, "start_timeout_s": 20, **settings}
+    settings = {"session_len": 1024, "idle_timeout_s": 60, "start_timeout_s": 60, **settings}
     engine = TritonEngine(TritonConfig(address=server.address, model_name=model, **settings))
     await engine.start()
     try:
@@ -193,13 +199,13 @@ async def test_incomplete_turbomind(repository: Path) -> None:
             await engine.start()
 
 
-async def test_no_server(unused_tcp_port: int) -> None:
+async def test_no_server() -> None:
     """Where nothing listens the start fails in its time, says so, and may be tried again."""
-    config = TritonConfig(address=f"127.0.0.1:{unused_tcp_port}", model_name="vllm", start_timeout_s=0.3)
-    engine = TritonEngine(config)
-    for _ in range(2):
-        with pytest.raises(EngineStartError, match=r"did not answer in 0\.3 s"):
-            await engine.start()
+    with kept_port() as port:
+        engine = TritonEngine(TritonConfig(address=f"127.0.0.1:{port}", model_name="vllm", start_timeout_s=0.3))
+        for _ in range(2):
+            with pytest.raises(EngineStartError, match=r"did not answer in 0\.3 s"):
+                await engine.start()
     with pytest.raises(EngineError, match="not started"):
         await engine.check_health()
 
@@ -535,31 +541,39 @@ async def test_a_sequence_that_is_cut_off(server: TritonServer, at_token: int) -
     assert whole.text == greedy_text(prompt_of(STORY), 5)
 
 
-@pytest.mark.parametrize("model", ALL_MODELS)
-async def test_silence(server: TritonServer, model: str) -> None:
-    """A server that goes silent within an answer is given up after `idle_timeout_s`."""
-    record = Record()
-    async with connect(server, model, idle_timeout_s=0.5) as engine:
-        with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
-            await engine.generate(make_request(prompt_of("[[hang=5]]"), max_new_tokens=8), record.emit)
-        assert record.deltas
-        slow = make_request(prompt_of("[[pace=0.2]]"), max_new_tokens=5)
-        assert (await run(engine, slow)).usage.completion_tokens == 5
+async def test_silence(server: TritonServer) -> None:
+    """A server that goes silent within an answer is given up after `idle_timeout_s`, and one that is slow is not."""
+
+    async def check(model: str) -> None:
+        record = Record()
+        async with connect(server, model, idle_timeout_s=SILENCE_S) as engine:
+            slow = make_request(prompt_of("[[pace=2]]"), max_new_tokens=10)  # 18 s
+            answer = asyncio.create_task(run(engine, slow))
+            with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
+                await engine.generate(make_request(prompt_of("[[hang=5]]"), max_new_tokens=8), record.emit)
+            assert record.deltas
+            assert (await answer).usage.completion_tokens == 10
+
+    await asyncio.gather(*map(check, ALL_MODELS))
 
 
-@pytest.mark.parametrize("model", ["vllm", "turbomind"])
-async def test_requests_may_wait_for_their_turn_in_the_server(server: TritonServer, model: str) -> None:
+async def test_requests_may_wait_for_their_turn_in_the_server(server: TritonServer) -> None:
     """Before its first token a request is left where it is while others get theirs, and no longer."""
-    busy = Record()
-    async with connect(server, model, idle_timeout_s=0.3) as engine:
-        request = make_request(prompt_of("[[pace=0.02]]"), max_new_tokens=900)
-        running = asyncio.create_task(engine.generate(request, busy.emit))
-        waiting = asyncio.create_task(run(engine, make_request(prompt_of("[[hang=1]]"), max_new_tokens=3)))
-        await busy.wait(50)  # 1 s
-        assert not waiting.done()
-        running.cancel()
-        with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
-            await waiting
+
+    async def check(model: str) -> None:
+        busy = Record()
+        async with connect(server, model, idle_timeout_s=SILENCE_S) as engine:
+            request = make_request(prompt_of("[[pace=0.05]]"), max_new_tokens=900)
+            running = asyncio.create_task(engine.generate(request, busy.emit))
+            waiting = asyncio.create_task(run(engine, make_request(prompt_of("[[hang=1]]"), max_new_tokens=3)))
+            await until(lambda: bool(busy.deltas) and busy.deltas[-1].num_tokens >= 400)  # 20 s
+            assert not waiting.done()
+            running.cancel()
+            with pytest.raises(RequestTimeoutError, match="idle_timeout_s"):
+                await waiting
+            await asyncio.wait([running])
+
+    await asyncio.gather(*map(check, ["vllm", "turbomind"]))
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
@@ -568,7 +582,7 @@ async def test_cancellation_reaches_the_server(server: TritonServer, model: str)
     record = Record()
     async with connect(server, model) as engine:
         num_lines = len(server.journal())
-        request = make_request(prompt_of(STORY), max_new_tokens=1000)
+        request = make_request(prompt_of(f"[[pace=0.05]] {STORY}"), max_new_tokens=1000)
         task = asyncio.create_task(engine.generate(request, record.emit))
         await record.wait(3)
         task.cancel()
@@ -586,30 +600,30 @@ async def test_failing_receiver(server: TritonServer) -> None:
     async with connect(server) as engine:
         num_lines = len(server.journal())
         with pytest.raises(KeyError, match="receiver"):
-            await engine.generate(make_request(prompt_of(STORY), max_new_tokens=1000), fail)
+            await engine.generate(make_request(prompt_of(f"[[pace=0.05]] {STORY}"), max_new_tokens=1000), fail)
         await until(lambda: any(line.get("reason") == "cancelled" for line in server.journal()[num_lines:]))
 
 
 async def test_dead_back_end(repository: Path) -> None:
     """Requests at a back end that dies end by their idle timeout: the server itself never ends them."""
     with TritonServer(repository, models=["vllm"]) as server:
-        async with connect(server, idle_timeout_s=1) as engine:
+        async with connect(server, idle_timeout_s=SILENCE_S) as engine:
             record = Record()
-            task = asyncio.create_task(
-                engine.generate(make_request(prompt_of(STORY), max_new_tokens=1000), record.emit)
-            )
+            request = make_request(prompt_of(f"[[pace=0.05]] {STORY}"), max_new_tokens=1000)
+            task = asyncio.create_task(engine.generate(request, record.emit))
             await record.wait(3)
             for child in psutil.Process(server.pid).children(recursive=True):
-                child.kill()
+                with suppress(psutil.NoSuchProcess):  # it has ended with another
+                    child.kill()
             with pytest.raises((RequestTimeoutError, UpstreamError)):
                 await task
 
 
 async def test_server_back_at_start(repository: Path) -> None:
     """An engine that starts while the server is down waits for it."""
-    with TritonServer(repository, models=["vllm"]) as server:
-        await asyncio.to_thread(server.stop)
-        engine = TritonEngine(TritonConfig(address=server.address, model_name="vllm", start_timeout_s=60))
+    with ExitStack() as stack:
+        server = stack.push(TritonServer(repository, models=["vllm"]))
+        engine = TritonEngine(TritonConfig(address=server.address, model_name="vllm", start_timeout_s=250))
         starting = asyncio.create_task(engine.start())
         _, pending = await asyncio.wait([starting], timeout=1)
         assert pending
@@ -624,7 +638,7 @@ async def test_server_killed(repository: Path) -> None:
     with TritonServer(repository, models=["vllm", *TURBOMIND]) as server:
         async with connect(server) as engine, connect(server, "turbomind") as other:
             records = [Record(), Record()]
-            request = make_request(prompt_of(STORY), max_new_tokens=1000)
+            request = make_request(prompt_of(f"[[pace=0.05]] {STORY}"), max_new_tokens=1000)
             tasks = [
                 asyncio.create_task(each.generate(request, record.emit))
                 for each, record in zip([engine, other], records, strict=True)
@@ -888,7 +902,8 @@ async def test_session_after_a_cancellation(server: TritonServer) -> None:
         transcript = prompt_of(STORY) + first.text
         record = Record()
         num_lines = len(server.journal())
-        task = asyncio.create_task(engine.generate(turn(f"{transcript} tell more", limit=900), record.emit))
+        more = turn(f"{transcript} [[pace=0.05]] tell more", limit=900)
+        task = asyncio.create_task(engine.generate(more, record.emit))
         await record.wait(3)
         task.cancel()
         await asyncio.wait([task])

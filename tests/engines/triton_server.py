@@ -11,11 +11,13 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -120,11 +122,10 @@ class TritonServer:
         repository: Its models.
         models: Load these; None loads all that the repository has.
         options: More for its command line.
-        port: 0 takes a free one.
         journals: The models write down what they are asked.
 
     Attributes:
-        port: Where it listens, once started.
+        port: Where it listens, once started. Nobody else is given it in the meantime.
     """
 
     def __init__(
@@ -132,22 +133,26 @@ class TritonServer:
         repository: Path = REPOSITORY,
         models: Sequence[str] | None = None,
         options: Sequence[str] = (),
-        port: int = 0,
         *,
         journals: bool = True,
     ) -> None:
         venv = install()
         root, libdir, _ = _describe(venv)
-        self.port = port
+        keeper = socket.socket()  # bound, but not listening: so the system gives the port to those alone who name it
+        weakref.finalize(self, keeper.close)
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        self.port: int = keeper.getsockname()[1]
         self._shm = f"raylm_test_{uuid.uuid4().hex[:12]}_"
         self._folder = Path(tempfile.mkdtemp(prefix="raylm_triton_"))
         self._arguments = [
             str(root / "bin/tritonserver"),
             f"--model-repository={repository}",
             f"--backend-directory={root / 'backends'}",
-            "--allow-http=false",  # it and a gRPC port of 0 exclude each other
+            "--allow-http=false",
             "--allow-metrics=false",
             "--grpc-address=127.0.0.1",
+            f"--grpc-port={self.port}",
             "--disable-auto-complete-config",
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-region-prefix-name={self._shm}",
@@ -189,19 +194,17 @@ class TritonServer:
         guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [*guard, *self._arguments, f"--grpc-port={self.port}"],
+                [*guard, *self._arguments],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while True:
             said = log.read_text(errors="replace")
-            # Logged when all models are ready. The port that 0 became is not.
-            if "Started GRPCInferenceService" in said and (ports := _listening(self._process.pid)):
-                self.port = ports[0]
+            if "Started GRPCInferenceService" in said:  # logged when all models are ready
                 return self
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
@@ -239,21 +242,3 @@ class TritonServer:
     ) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _listening(pid: int) -> list[int]:
-    """Return the TCP ports that a process listens on."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = str(entry.readlink())
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    rows = [
-        row.split()
-        for table in ("tcp", "tcp6")
-        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
-    ]
-    return sorted({int(row[1].rsplit(":", 1)[1], 16) for row in rows if row[3] == "0A" and row[9] in inodes})

@@ -106,7 +106,7 @@ class Server:
 
     def _is_healthy(self) -> bool:
         assert self._process.poll() is None, f"the api_server ended with {self._process.returncode}"
-        with suppress(requests.ConnectionError):
+        with suppress(requests.ConnectionError, requests.Timeout):  # it loads, and may be slow to answer then
             return requests.get(f"http://{self.address}/health", timeout=10).ok
         return False
 

@@ -84,7 +84,6 @@ def tree(engine: APIServerEngine) -> list[psutil.Process]:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_server_in_trouble(how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that dies or hangs fails what it works on, and is started again; nothing of the first one is left."""
-    monkeypatch.setattr(api_server, "_HANG_S", 3)
     engine = APIServerEngine(server_on_cpu())
     await engine.start()
     record = Record()
@@ -94,8 +93,10 @@ async def test_server_in_trouble(how: signal.Signals, monkeypatch: pytest.Monkey
     processes = tree(engine)
     assert len(processes) > 1
     processes[0].send_signal(how)
-    with pytest.raises(UpstreamError):
-        await task
+    with monkeypatch.context() as impatient:
+        impatient.setattr(api_server, "_HANG_S", 3)  # only now: a server that is busy would be killed for it
+        with pytest.raises(UpstreamError):
+            await task
     await gone([process.pid for process in processes])
     await healthy(engine)
     assert (await run(engine, make_request(STORY, max_new_tokens=4))).text
@@ -110,13 +111,18 @@ async def test_parent_killed_while_the_server_loads() -> None:
 import asyncio
 from raylm.config import APIServerConfig
 from raylm.engines.api_server import APIServerEngine
-asyncio.run(APIServerEngine(APIServerConfig.model_validate_json({server_on_cpu().model_dump_json()!r})).start())
+
+async def main():
+    await APIServerEngine(APIServerConfig.model_validate_json({server_on_cpu().model_dump_json()!r})).start()
+    await asyncio.Event().wait()  # to be killed, however late that comes
+asyncio.run(main())
 """
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
-    loading = 4  # supervisor, server, and what lmdeploy starts for its engine
-    await until(lambda: len(psutil.Process(parent.pid).children(recursive=True)) >= loading)
-    processes = psutil.Process(parent.pid).children(recursive=True)
-    parent.kill()
-    await parent.wait()
-    async with asyncio.timeout(5):
-        await gone([process.pid for process in processes])
+    try:
+        loading = 4  # supervisor, server, and what lmdeploy starts for its engine
+        await until(lambda: len(psutil.Process(parent.pid).children(recursive=True)) >= loading)
+        processes = psutil.Process(parent.pid).children(recursive=True)
+    finally:
+        parent.kill()
+        await parent.wait()
+    await gone([process.pid for process in processes], within_s=5)

@@ -1,6 +1,5 @@
 """What is left of lmdeploy where the actor above it is killed."""
 
-import asyncio
 from contextlib import suppress
 
 import psutil
@@ -10,6 +9,7 @@ from raylm import Pool
 from raylm.actors.manager import PoolManager
 from raylm.config import SessionConfig
 from tests.engines.conftest import until
+from tests.engines.test_api_server import gone
 
 from .conftest import on_cpu
 
@@ -40,6 +40,5 @@ async def test_actor_killed_while_its_engine_loads(cluster: str) -> None:
         await until(lambda: worker.memory_info().rss > 200 * 2**20)  # it has come as far as lmdeploy's libraries
         assert not started.done()
         actor.kill()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, [worker], timeout=5)
+        await gone([worker.pid], within_s=5)
     await manager.aclose()
-    assert alive == []

@@ -16,7 +16,7 @@ from raylm.engines.child import HEADER, Add, Cancel, Output, Ready, Report, Step
 from raylm.engines.lmdeploy_worker import Worker
 from tests.engines.conftest import make_request
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 PROMPT_IDS = (504, 2644, 2643)
 
@@ -254,7 +254,7 @@ async def test_unforeseen_error(model_folder: str) -> None:
     assert process.stderr is not None
     process.stdin.write(pack(Load("", "pytorch", "cpu", {}, {})))
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             said = await process.stderr.read()
     finally:
         if process.returncode is None:

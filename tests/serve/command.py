@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ HAPROXY_PORTS = (
 GATEWAY_PORTS = range(30000, 31001)
 """Where Serve has its replicas listen for HTTP. Their other ports are Ray's."""
 
-_START_TIMEOUT_S = 180.0
-_STOP_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 240.0
+_STOP_TIMEOUT_S = 120.0
 
 
 class ServeCommand:
@@ -71,9 +71,22 @@ class ServeCommand:
         """Send a DELETE request."""
         return requests.delete(self.url + path, timeout=60)
 
+    def told(self, path: str) -> requests.Response:
+        """Return what a manager says, as soon as it does: where none has answered for long, the status is 503."""
+        answer = self.get(path)
+
+        def is_told() -> bool:
+            nonlocal answer
+            if answer.status_code == 503:
+                answer = self.get(path)
+            return answer.status_code != 503
+
+        wait_for(is_told)
+        return answer
+
     def state(self, model: int = 0) -> dict[str, Any]:
         """Return what `/state` says of one model."""
-        state: dict[str, Any] = self.get("/state").json()["models"][model]
+        state: dict[str, Any] = self.told("/state").json()["models"][model]
         return state
 
     def processes(self, title: str) -> list[psutil.Process]:
@@ -142,31 +155,38 @@ def serve_command(
             "--address",
             "local",
         ]
-        with log.open("wb") as said:
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                start_new_session=True,  # out of reach of whatever interrupts the tests' own group
-                env={**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}, **(env or {})},
-            )
-        served = ServeCommand(f"http://{host}:{port}", process, log)
+
+        def start() -> subprocess.Popen[bytes]:
+            with log.open("wb") as said:
+                return subprocess.Popen(
+                    command,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    start_new_session=True,  # out of reach of whatever interrupts the tests' own group
+                    env={**os.environ, **{name: str(free_port()) for name in HAPROXY_PORTS}, **(env or {})},
+                )
+
+        served = ServeCommand(f"http://{host}:{port}", start(), log)
         try:
-            _wait_until_up(process, log)
+            _wait_until_up(served, start)
+            # Each gateway, in its turn, has seen for itself that the slots are up.
+            wait_for(lambda: all(served.get("/health").status_code == 200 for _ in range(4)))
             yield served
             assert not served.ended_by_itself, f"raylm serve ended while tests used it:\n{log.read_text()}"
         finally:
+            process = served.process
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             try:
                 served.stop()
             finally:
                 _, alive = psutil.wait_procs(children, timeout=15)
                 for child in alive:  # a test has broken what should have ended them
-                    child.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
                 process.kill()
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
     """Return once a condition holds that only asking tells."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -174,9 +194,13 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(served: ServeCommand, start: Callable[[], subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while re.search(r"^serving .*\n", log.read_text(), re.MULTILINE) is None:
-        assert process.poll() is None, f"raylm serve did not come up:\n{log.read_text()}"
-        assert time.monotonic() < deadline, f"raylm serve took too long:\n{log.read_text()}"
+    while re.search(r"^serving .*\n", served.log.read_text(), re.MULTILINE) is None:
+        if served.process.poll() is not None:
+            said = served.log.read_text()
+            # Ray waits 30 s for its raylet, which on a busy machine may take longer.
+            assert "timed out during startup" in said, f"raylm serve did not come up:\n{said}"
+            served.process = start()
+        assert time.monotonic() < deadline, f"raylm serve took too long:\n{served.log.read_text()}"
         time.sleep(0.2)

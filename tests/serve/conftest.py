@@ -12,6 +12,9 @@ TOKENS_PER_S = 200
 
 SIMULATED = {"kind": "simulated", "tokens_per_s": TOKENS_PER_S, "replicas": 2}
 
+EXPIRES_AFTER_S = 20
+"""Of the batches of `strict_endpoint`."""
+
 KEYS = ("key-of-the-environment", "another-key", "key-of-the-file")
 """What opens `strict_endpoint`."""
 
@@ -40,7 +43,8 @@ def real_endpoint() -> Iterator[ServeCommand]:
 def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeCommand]:
     """`raylm serve` with keys and low limits: one gateway, and `slow`, which answers one request and queues one more.
 
-    `none` is there to be left without an actor. Batches expire after three seconds.
+    `none` is there to be left without an actor. What may be waited for, and what has to last, is longer than a busy
+    machine stands still.
     """
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"\n{KEYS[2]}\n")
@@ -55,9 +59,9 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
             "api_keys_env": "RAYLM_TEST_KEYS",
             "api_keys_file": str(file),
             "max_body_bytes": 100_000,
-            "body_timeout_s": 1,
+            "body_timeout_s": 10,
             "max_prompts": 4,
-            "request_timeout_s": 10,
+            "request_timeout_s": 25,
             "heartbeat_s": 0.2,
             "cors_origins": ["https://page.example"],
         },
@@ -65,7 +69,7 @@ def strict_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeC
             "folder": str(tmp_path_factory.mktemp("batches")),
             "max_file_bytes": 200_000,
             "max_running": 1,
-            "expires_after_s": 3,
+            "expires_after_s": EXPIRES_AFTER_S,
         },
     }
     with serve_command(config, env={"RAYLM_TEST_KEYS": f"{KEYS[0]}, {KEYS[1]}"}) as command:

@@ -104,20 +104,21 @@ def test_the_socket_is_for_its_user(written: str) -> None:
 
 
 _HOLD = """
-import sys
-from raylm.ports import free_port
-from raylm.serve import run
-from raylm.serve.folder import HAProxyFolder
-print(HAProxyFolder().path, flush=True)
+import pathlib, sys
+from raylm.serve import folder
+folder._PARENT = pathlib.Path(sys.argv[1])
+print(folder.HAProxyFolder().path, flush=True)
 sys.stdin.readline()
 """
 
 
-def test_folders_of_killed_commands_are_removed() -> None:
+def test_folders_of_killed_commands_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command's folder is closed to others, stays while it lives, and goes with the next start when it was killed."""
+    monkeypatch.setattr("raylm.serve.folder._PARENT", tmp_path)  # where no command that starts meanwhile cleans up
+    command = [sys.executable, "-c", _HOLD, tmp_path]
     with (
-        subprocess.Popen([sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living,
-        subprocess.Popen([sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed,
     ):
         assert living.stdout is not None
         assert killed.stdout is not None

@@ -20,7 +20,7 @@ from raylm.messages import GenerationConfig, Message, Request
 from raylm.serve.door import JSONLines, facts
 from tests.conftest import StartPool, ask
 
-_TIMEOUT_S = 30
+_TIMEOUT_S = 60
 
 
 class Lines(logging.Handler):

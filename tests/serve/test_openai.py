@@ -14,7 +14,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from raylm.engines.simulated import candidates, greedy_text
-from tests.serve.command import ServeCommand
+from tests.serve.command import ServeCommand, wait_for
 from tests.serve.conftest import KEYS
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -378,7 +378,7 @@ def test_too_large(strict: openai.OpenAI) -> None:
 
 def test_saturated(strict: openai.OpenAI) -> None:
     """A full queue is a RateLimitError that says when to come again."""
-    settings: dict[str, object] = {"model": "slow", "messages": HELLO, "max_tokens": 1000, "stream": True}
+    settings: dict[str, object] = {"model": "slow", "messages": HELLO, "max_tokens": 8000, "stream": True}
     with strict.chat.completions.create(**settings) as running:
         next(iter(running))
         body = {"request_id": "waits"}
@@ -403,6 +403,13 @@ def test_no_actor(strict: openai.OpenAI, strict_endpoint: ServeCommand) -> None:
     """Without an actor that could answer, it is status 503 and says when to come again."""
     command = [sys.executable, "-c", SCALE_TO_NONE, strict_endpoint.cluster]
     subprocess.run(command, capture_output=True, timeout=120, check=True)
+
+    def is_gone() -> bool:
+        headers = {"Authorization": f"Bearer {KEYS[0]}"}
+        models = strict_endpoint.get("/state", headers=headers).json().get("models", [])
+        return any(model["name"] == "none" and not model["problem"] and not model["slots"] for model in models)
+
+    wait_for(is_gone)  # until then it may work on
     with pytest.raises(openai.InternalServerError) as caught:
         strict.chat.completions.create(model="none", messages=HELLO)
     assert caught.value.status_code == 503
