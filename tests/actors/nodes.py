@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ class Nodes:
         return found
 
     def remove(self, node_id: str) -> None:
-        """Have a node leave."""
+        """Have a node leave; return when Ray knows that it is gone."""
         self._ask(f"remove {node_id}")
 
     def close(self) -> None:
@@ -104,6 +105,9 @@ def main() -> None:
                 answer(id=add(json.loads(argument)))
             else:
                 cluster.remove_node(nodes.pop(argument))
+                # One that had no time to sign off is missed by and by.
+                while argument in cluster.global_state._live_node_ids():
+                    time.sleep(0.1)
                 answer()
     finally:
         cluster.shutdown()

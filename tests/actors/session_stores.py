@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -106,6 +108,25 @@ class ClockedSessionActor(SessionActor):
 
     async def wait(self, seconds: float) -> None:
         self._clock.now += seconds
+
+
+class PatientSessionActor(SessionActor):
+    """A `SessionActor` that gives pools a long time to register when it was restarted, which a test can cut short."""
+
+    def __init__(self, config: SessionConfig) -> None:
+        super().__init__(config)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._opens_at += 120
+
+    async def open(self, life: str) -> None:
+        """Answer from now on: all pools have registered with this life."""
+        self._check(life)
+        self._opens_at = time.monotonic()
+
+    async def _open(self, life: str) -> None:
+        self._check(life)
+        while time.monotonic() < self._opens_at:  # the end moves
+            await asyncio.sleep(0.02)
 
 
 class ActorSessions(Sessions):

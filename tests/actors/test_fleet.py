@@ -40,6 +40,8 @@ from raylm.served import ServedPool
 from raylm.statistics import ModelState, SlotStatistics
 from tests.conftest import ask
 
+pytestmark = pytest.mark.timeout(600)
+
 SIMULATED = {"kind": "simulated", "tokens_per_s": 100}
 BROKEN = {"kind": "openvino", "path": "/nowhere/model.gguf"}
 
@@ -47,6 +49,9 @@ NO_ROOM = {**SIMULATED, "num_gpus": 1}
 """The cluster has no GPU."""
 
 NAME = "fleet"
+
+PATIENCE_S = 240.0
+"""How long a busy machine may take for what takes seconds: to start some actors, one after the other."""
 
 
 def config(*engines: dict[str, Any], **settings: Any) -> ModelConfig:
@@ -76,7 +81,7 @@ class Served:
 
     async def slots(self, condition: Callable[[list[SlotStatistics]], object]) -> list[SlotStatistics]:
         """Return its slots as soon as they are as they should be, here and at the manager, which may be restarted."""
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 with suppress(NoActorError):
                     slots = (await self.state()).slots
@@ -115,7 +120,7 @@ class Load:
         while not self._ending:
             request = ask(f"worker {worker} request {number}", 30)
             try:
-                answer = await self._pool.generate(request, timeout_s=60)
+                answer = await self._pool.generate(request, timeout_s=PATIENCE_S)
             except RaylmError as error:
                 self.answers.append(error)
                 raise
@@ -157,8 +162,7 @@ async def serve_model(cluster: str) -> AsyncIterator[Serve]:
             return served
 
         yield start
-    left = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    assert [name for name in left if name.startswith(f"{NAME}:")] == []
+    await _until(lambda: not _parts())  # Ray ends them without waiting for that
 
 
 async def test_scale_under_load(serve_model: Serve) -> None:
@@ -224,8 +228,8 @@ async def test_a_drained_slot_finishes_what_it_has(serve_model: Serve) -> None:
 async def test_what_is_not_done_in_time_moves(serve_model: Serve) -> None:
     """When the bound is over, a stream goes on at another actor, and its text is what it would have been."""
     served = await serve_model({**SIMULATED, "replicas": 2}, drain_timeout_s=0.5)
-    undisturbed = await served.text(ask("a long one", 200))
-    async with served.pool.pool.stream(ask("a long one", 200)) as stream:
+    undisturbed = greedy_text("a long one", 2000)
+    async with served.pool.pool.stream(ask("a long one", 2000)) as stream:
         await anext(stream)
         slot = stream.slot
         await told(served.manager.drain.remote(slot))
@@ -274,7 +278,7 @@ async def test_the_manager_is_killed_in_an_update(serve_model: Serve) -> None:
             return False
         return [(slot.state, slot.model) for slot in slots] == [("up", "new")] * 3
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not await done():
             assert served.pool.pool.num_up >= 3
             await asyncio.sleep(0.1)
@@ -299,7 +303,7 @@ async def test_a_model_that_is_ended(serve_model: Serve) -> None:
     """Its pools ask no more: what waits fails, what comes is refused, and both say that it is served no longer."""
     served = await serve_model({**SIMULATED, "capacity": 1})
     pool = served.pool.pool
-    async with pool.stream(ask("runs", 2000)) as running, pool.stream(ask("waits")) as waiting:
+    async with pool.stream(ask("runs", 8000)) as running, pool.stream(ask("waits")) as waiting:
         await anext(running)
         await end(NAME)
         for stream in (running, waiting):
@@ -313,7 +317,7 @@ async def test_a_model_that_is_ended(serve_model: Serve) -> None:
     with pytest.raises(ModelNotFoundError, match="served no longer"):
         await served.pool.state()
     assert (served.pool.is_served, served.pool.answers) == (False, False)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while len(served.pool._tasks):
             await asyncio.sleep(0.05)
 
@@ -323,7 +327,7 @@ async def test_a_model_that_is_ended_while_it_starts(serve_model: Serve) -> None
     served = await serve_model(SIMULATED)
     await served.scale(0)
     await served.are_up(0)
-    await served.update({**BROKEN, "replicas": 1})
+    await served.update(NO_ROOM)  # for one that starts and fails would end the wait
     await served.slots(lambda slots: len(slots) == 1)
     waiting = asyncio.create_task(served.pool.ready())
     await asyncio.sleep(0)
@@ -339,7 +343,7 @@ async def test_a_manager_that_is_restarted_is_waited_for(serve_model: Serve) -> 
     for _ in range(3):
         before = await _pid(served.manager)
         os.kill(before, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while await _pid(served.manager) in (before, 0) or not await _knows(served):
                 await asyncio.sleep(0.05)
     assert served.pool.is_served
@@ -370,7 +374,7 @@ async def test_scales_by_the_work(serve_model: Serve) -> None:
     completions = await load.over()
     assert {completion.receipt.attempts for completion in completions} == {1}
     await served.are_up(0)
-    answer = await served.pool.pool.generate(ask("after a while"), timeout_s=30)
+    answer = await served.pool.pool.generate(ask("after a while"), timeout_s=PATIENCE_S)
     assert answer.usage.completion_tokens == 20
 
 
@@ -445,7 +449,7 @@ async def test_outdated_are_told_until_they_have_ended(serve_model: Serve) -> No
     served = await serve_model({**SIMULATED, "model_name": "old", "replicas": 2})
     assert (await served.state()).outdated == []
     await served.update({**SIMULATED, "model_name": "new", "replicas": 2})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while (state := await served.state()).outdated:
             assert {slot.slot for slot in state.slots if slot.model == "old"} <= set(state.outdated)
     assert [(slot.slot, slot.model) for slot in state.slots] == [(2, "new"), (3, "new")]
@@ -457,7 +461,7 @@ async def test_settled_after_the_manager_was_killed(serve_model: Serve) -> None:
     new = config({**SIMULATED, "model_name": "new"})
     await serve(new, time.time_ns())
     os.kill(await _pid(served.manager), signal.SIGKILL)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await settled([new])
     assert [(slot.slot, slot.model) for slot in (await served.state()).slots] == [(1, "new")]
 
@@ -481,7 +485,7 @@ async def test_settled_when_a_failed_update_is_corrected(serve_model: Serve, mon
         return looks.pop() if looks else await look(model)
 
     monkeypatch.setattr(operate, "_state", first_look)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await settled([new])
     assert [slot.model for slot in (await served.state()).slots] == ["new"]
 
@@ -500,7 +504,7 @@ async def test_up_while_the_manager_is_restarted(serve_model: Serve) -> None:
     served = await serve_model(SIMULATED)
     new = config({**SIMULATED, "model_name": "new"})
     os.kill(await _pid(served.manager), signal.SIGKILL)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 await _update((new,), time.time_ns())
@@ -523,7 +527,7 @@ async def test_a_first_start_under_way_is_corrected() -> None:
     """What waits for room ends, other settings take its place at once, and who has waited is told."""
     waiting = asyncio.create_task(serve(config(NO_ROOM)))
     await _until(lambda: "slot-0" in _parts())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await serve(config(SIMULATED), time.time_ns())
         with pytest.raises(InvalidRequestError, match="served with other settings"):
             await waiting
@@ -547,6 +551,7 @@ async def test_a_look_at_a_model_that_has_not_started_starts_nothing() -> None:
     """It tells why that failed."""
     with pytest.raises(PlacementError):
         await serve(config(NO_ROOM, pool={"placement_timeout_s": 0.1}))
+    await _until(lambda: _parts() == {"manager"})  # Ray ends the others without waiting for that
     before = _num_created()
     for _ in range(2):
         (state,) = await operate.states()
@@ -598,7 +603,7 @@ async def test_the_manager_is_killed_while_there_are_no_actors(serve_model: Serv
     os.kill(store, signal.SIGSTOP)
     try:
         os.kill(before, signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while await _pid(served.manager) in (before, 0) or not await _answers(served):
                 await asyncio.sleep(0.05)
     finally:
@@ -626,7 +631,7 @@ async def _persist(model: ModelConfig, as_of: int) -> None:
 
 
 async def _until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not await asyncio.to_thread(condition):
             await asyncio.sleep(0.05)
 
@@ -662,7 +667,7 @@ async def test_a_manager_that_stands_still(serve_model: Serve, monkeypatch: pyte
     pid: int = await served.manager.__ray_call__.remote(lambda _: os.getpid())
     os.kill(pid, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             for refused in (served.pool.state(), served.pool.cancel_elsewhere("unknown")):
                 with pytest.raises(NoActorError, match="has not answered within"):
                     await refused

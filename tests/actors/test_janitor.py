@@ -6,21 +6,34 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
 
+from raylm.actors import janitor
 from raylm.actors.janitor import Memory, sweep
 
-_OWNER = """
+_MARK = f"RAYLM_TEST_OWNER_{uuid.uuid4().hex}"
+"""The mark of these tests: the actors of others, which sweep this machine too, do not know it."""
+
+_OWNER = f"""
 import subprocess, sys, time
-from raylm.actors.janitor import mark
-mark()
+from raylm.actors import janitor
+janitor._MARK = {_MARK!r}
+janitor.mark()
 says_when_it_runs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", says_when_it_runs], start_new_session=True)
 time.sleep(600)
 """
+
+
+@pytest.fixture(autouse=True)
+def own_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is swept here bears the mark of these tests."""
+    monkeypatch.setattr(janitor, "_MARK", _MARK)
 
 
 @pytest.fixture
@@ -31,7 +44,7 @@ def family() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     child = psutil.Process(int(owner.stdout.readline()))
     yield owner, child
     for process in (owner, child):
-        if process.pid != os.getpid() and psutil.pid_exists(process.pid):
+        with suppress(psutil.NoSuchProcess):
             process.kill()
     owner.wait()
     owner.stdout.close()
@@ -44,7 +57,7 @@ def test_an_orphan_is_ended(family: tuple[subprocess.Popen[str], psutil.Process]
     owner.wait()
     assert child.is_running()
     assert child.pid in sweep()
-    child.wait(10)
+    child.wait(60)
 
 
 def test_a_child_is_not(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
@@ -58,20 +71,16 @@ def test_a_child_is_not(family: tuple[subprocess.Popen[str], psutil.Process]) ->
 def test_the_name_of_another(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
     """A process with the owner's number that began at another time is not the owner."""
     _, child = family
-    mark = child.environ()["RAYLM_OWNER"].rpartition(":")[0] + ":1"
-    orphan = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": mark}
-    )
+    mark = child.environ()[_MARK].rpartition(":")[0] + ":1"
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, _MARK: mark})
     assert orphan.pid in sweep()
-    assert orphan.wait(10) == -signal.SIGKILL
+    assert orphan.wait(60) == -signal.SIGKILL
 
 
 def test_another_container(family: tuple[subprocess.Popen[str], psutil.Process]) -> None:
     """What belongs to a process that cannot be seen from here is left alone."""
-    mark = "pid:[1]:" + family[1].environ()["RAYLM_OWNER"].split(":", 2)[2]
-    other = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RAYLM_OWNER": mark}
-    )
+    mark = "pid:[1]:" + family[1].environ()[_MARK].split(":", 2)[2]
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, _MARK: mark})
     assert other.pid not in sweep()
     other.kill()
     other.wait()

@@ -64,6 +64,7 @@ except PlacementError as error:
 
 WAITING = """
 import os
+import time
 import ray
 from raylm.actors.cluster import actor_record, connect, placed
 
@@ -75,6 +76,8 @@ connect(os.environ["RAY_ADDRESS"])
 actors = [Big.remote() for _ in range(3)]
 ray.get([actor.__ray_ready__.remote() for actor in actors])
 actors += [Big.remote() for _ in range(4)]
+while not all(map(actor_record, actors)):  # Ray registers actors without names by and by
+    time.sleep(0.01)
 while not all(actor_record(actor)["Address"]["Port"] for actor in actors):  # of a raylet, for those that wait
     assert placed(dict(enumerate(actors))) == {0, 1, 2}
 assert placed(dict(enumerate(actors))) == {0, 1, 2}

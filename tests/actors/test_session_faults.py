@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from raylm.actors import redis_sessions, sessions
 from raylm.actors.redis_sessions import RedisSessionStore
 from raylm.actors.sessions import ActorSessionStore, SessionState, SessionStore, connect_store, start_store
 from raylm.config import SessionConfig, SimulatedConfig
@@ -19,6 +20,7 @@ from raylm.engines.simulated import greedy_text
 from raylm.errors import SessionBusyError, SessionError, SessionNotFoundError, SessionStoreError
 from raylm.messages import GenerationConfig, Message, Request
 from tests.actors.redis_server import RedisServer
+from tests.actors.session_stores import ActorSessions, ClockedSessionActor, PatientSessionActor
 from tests.conftest import StartPool
 
 CONFIG = SessionConfig(turn_timeout_s=3600)
@@ -43,12 +45,21 @@ async def until_restarted(pool: SessionStore) -> None:
         await asyncio.sleep(0.02)
 
 
+async def registered(actor: Any, *pools: SessionStore) -> None:
+    """Return when pools have registered with the next life of a store that was killed, which then answers."""
+    await asyncio.gather(*map(until_restarted, pools))
+    assert isinstance(pools[0], ActorSessionStore)
+    await actor.open.remote(pools[0]._life)
+
+
 Connect = Callable[[], SessionStore]
 
 
 @pytest.fixture
-def actor(cluster: str) -> Iterator[Any]:
-    """An actor that keeps sessions."""
+def actor(cluster: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An actor that keeps sessions. On a busy machine neither pools nor Ray are as fast as it is made for."""
+    monkeypatch.setattr(sessions, "SessionActor", PatientSessionActor)
+    monkeypatch.setattr(sessions, "_LOST_AFTER_S", 240)
     actor = start_store(CONFIG)
     yield actor
     ray.kill(actor)
@@ -91,6 +102,7 @@ async def test_sessions_survive_between_turns(actor: Any, connect: Connect) -> N
         for session in range(5):
             await turn(pools[(number + session) % 3], f"s{session}", f"{number}", start=number == 0)
     await kill(actor)
+    await registered(actor, *pools)
     states = await asyncio.gather(*(pools[session % 3].load(f"s{session}") for session in range(5)))
     assert [texts(state) for state in states] == [[f"{number}" for number in range(6)]] * 5
     assert await pools[0].num_sessions() == 5
@@ -102,7 +114,9 @@ async def test_a_pool_that_asks_nothing_registers(actor: Any, connect: Connect) 
     await turn(asking, "s", "first", start=True)
     await turn(idle, "s", "second")
     await kill(actor)
-    assert await turn(asking, "s", "third") == ["first", "second"]
+    third = asyncio.create_task(turn(asking, "s", "third"))
+    await registered(actor, idle, asking)
+    assert await third == ["first", "second"]
 
 
 async def test_no_claim_is_served_from_half_of_it(actor: Any, connect: Connect) -> None:
@@ -117,6 +131,7 @@ async def test_no_claim_is_served_from_half_of_it(actor: Any, connect: Connect) 
         await until_restarted(asking)
         await asyncio.wait([claim], timeout=0.5)
         assert not claim.done()
+    await registered(actor, late)
     assert await claim == ["first", "second"]
 
 
@@ -126,6 +141,7 @@ async def test_a_turn_survives(actor: Any, connect: Connect) -> None:
     await turn(other, "s", "first", start=True)
     await mine.claim("s", 0, "second", start=False)
     await kill(actor)
+    await registered(actor, mine, other)
     with pytest.raises(SessionBusyError):
         await other.claim("s", 0, "third", start=False)
     await mine.append("s", "second", [Message("user", "second")], 0)
@@ -141,6 +157,7 @@ async def test_an_ended_session_stays_ended(actor: Any, connect: Connect) -> Non
     await second.claim("failed", 0, "two", start=True)
     await second.release("failed", "two")
     await kill(actor)
+    await registered(actor, first, second)
     for session in ("ended", "failed"):
         with pytest.raises(SessionNotFoundError):
             await first.claim(session, 0, "three", start=False)
@@ -155,6 +172,7 @@ async def test_a_second_death_is_survived(actor: Any, connect: Connect) -> None:
     asking = asyncio.create_task(pools[0].load("s"))
     await until_restarted(pools[0])
     await kill(actor)
+    await registered(actor, *pools)
     assert texts(await asking) == ["0", "1"]
 
 
@@ -183,6 +201,7 @@ async def test_no_turn_is_lost_or_doubled(actor: Any, connect: Connect) -> None:
         for event in ready:
             await event.wait()
             await kill(actor)
+            await registered(actor, *pools)
     for session in range(8):
         found = texts(await pools[session % 3].load(f"s{session}"))
         assert found[0] == "begin"
@@ -200,6 +219,7 @@ async def test_a_large_memory_comes_back(actor: Any, connect: Connect) -> None:
         await turn(mine, f"s{session}", f"{session}{text}", start=True)
     await other.num_sessions()
     await kill(actor)
+    await registered(actor, mine, other)
     assert await other.num_sessions() == 20
     assert texts(await other.load("s19")) == [f"19{text}"]
 
@@ -267,27 +287,42 @@ async def test_a_cancelled_claim_holds_nothing(actor: Any, connect: Connect, sta
     await asyncio.sleep(0)  # to its claim
     await asyncio.sleep(0)
     task.cancel()
+    await registered(actor, store)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert texts(await store.claim("s", 0, "three", start=False)) == ["one"]
 
 
-async def test_long_turns_hold_their_sessions(start_pool: StartPool) -> None:
+async def test_long_turns_hold_their_sessions(start_pool: StartPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn holds its session for longer than `turn_timeout_s`, and a turn of a process that is gone does not."""
-    running = await start_pool(SimulatedConfig(tokens_per_s=50))
-    config = SessionConfig(turn_timeout_s=1)
-    actor = start_store(config)
-    mine, other = ActorSessionStore(actor, config), ActorSessionStore(actor, config)
+    running = await start_pool(SimulatedConfig())
+    config = SessionConfig(turn_timeout_s=1000)  # of the store's own time, of which the test passes as much as it likes
+    actor = ray.remote(ClockedSessionActor).options(num_cpus=0).remote(config)
+    stored = ActorSessions(config, actor)
+    mine, other = stored.connect(), stored.connect()
     await other.claim("gone", 0, "lost", start=True)
-    conversations = Conversations(running.pool, mine, config.turn_timeout_s)
+    conversations = Conversations(running.pool, mine, turn_timeout_s=1)
+    renew, renewals = mine.renew, asyncio.Semaphore(0)
+
+    async def counted(turns: Mapping[str, str]) -> None:
+        await renew(turns)
+        renewals.release()
+
+    monkeypatch.setattr(mine, "renew", counted)
 
     def request(messages: tuple[Message, ...]) -> Request:
         return Request(request_id="turn", messages=messages, config=GenerationConfig(max_new_tokens=150))
 
     async with conversations.turn("s", (Message("user", "hi"),), request, start=True, end=False) as stream:
-        async for _ in stream:
+        for _ in range(3):
+            await stored.wait(900)
+            while not renewals.locked():
+                await renewals.acquire()
+            for _ in range(2):  # the first one may have been on its way
+                await renewals.acquire()
             with pytest.raises(SessionBusyError):
                 await other.claim("s", 0, "another", start=True)
+        await stream.completion()
     assert len((await other.load("s")).messages) == 2
     await other.claim("gone", 0, "next", start=True)
     for store in (mine, other):
@@ -313,27 +348,35 @@ async def stores(database: RedisServer) -> AsyncIterator[list[RedisSessionStore]
         await store.aclose()
 
 
-async def test_redis_that_is_down_raises(database: RedisServer, stores: list[RedisSessionStore]) -> None:
+async def test_redis_that_is_down_raises(
+    database: RedisServer, stores: list[RedisSessionStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A database that is down raises SessionStoreError, which may be tried again; sessions go on once it is back."""
     await turn(stores[0], "s", "one", start=True)
     await stores[0].claim("s", 0, "two", start=False)
     database.kill()
-    for operation in (stores[0].load("s"), stores[1].num_sessions(), stores[0].append("s", "two", [], 0)):
-        with pytest.raises(SessionStoreError, match=f"127.0.0.1:{database.port}") as raised:
-            await operation
-        assert (raised.value.status_code, raised.value.retryable) == (503, True)
+    with monkeypatch.context() as soon:
+        soon.setattr(redis_sessions, "_GIVE_UP_S", 1)
+        for operation in (stores[0].load("s"), stores[1].num_sessions(), stores[0].append("s", "two", [], 0)):
+            with pytest.raises(SessionStoreError, match=f"127.0.0.1:{database.port}") as raised:
+                await operation
+            assert (raised.value.status_code, raised.value.retryable) == (503, True)
     database.start()
     await stores[0].append("s", "two", [Message("user", "two")], 0)
     assert await turn(stores[1], "s", "three") == ["one", "two"]
 
 
-async def test_redis_that_hangs_raises(database: RedisServer, stores: list[RedisSessionStore]) -> None:
+async def test_redis_that_hangs_raises(
+    database: RedisServer, stores: list[RedisSessionStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A database that accepts connections and never answers raises SessionStoreError, too."""
     await turn(stores[0], "s", "one", start=True)
     database.signal(signal.SIGSTOP)
     try:
-        with pytest.raises(SessionStoreError):
-            await stores[0].load("s")
+        with monkeypatch.context() as soon:
+            soon.setattr(redis_sessions, "_GIVE_UP_S", 1)
+            with pytest.raises(SessionStoreError):
+                await stores[0].load("s")
     finally:
         database.signal(signal.SIGCONT)
     assert await turn(stores[0], "s", "two") == ["one"]

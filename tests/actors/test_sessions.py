@@ -55,7 +55,7 @@ async def make_sessions(request: pytest.FixtureRequest) -> AsyncIterator[MakeSes
     async with AsyncExitStack() as stack:
 
         async def make(config: SessionConfig | None = None) -> tuple[SessionStore, Sessions]:
-            config = config or SessionConfig()
+            config = config or SessionConfig(turn_timeout_s=3600)
             sessions: Sessions
             if request.param == "memory":
                 sessions = PlainSessions(config)

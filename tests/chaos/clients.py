@@ -17,7 +17,7 @@ from raylm.messages import Message, Request
 LONG = 600
 """Tokens of the answers that are on their way when something breaks; at 50 tokens/s they take twelve seconds."""
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 
 Outcome = Literal["right", "broken", "refused", "error"]
 """The right answer, whole; a connection that broke; an HTTP status that is no success; an `error` event."""

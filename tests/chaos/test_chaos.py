@@ -15,7 +15,7 @@ from tests.chaos.clients import Ask, Conversation, Crowd, chat, completion
 from tests.chaos.conftest import GATEWAY, MANAGER, STORE, Chaos
 from tests.serve.command import GATEWAY_PORTS
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 async def test_engine_is_killed(chaos: Chaos) -> None:
@@ -60,7 +60,7 @@ async def test_engine_hangs(chaos: Chaos) -> None:
 
 async def test_gateway_is_killed(chaos: Chaos) -> None:
     """The clients of a gateway that dies see it, and nobody else does. Its sessions go on at the other one."""
-    crowd = await chaos.crowd()
+    crowd = await chaos.crowd(num_tokens=1500)
     victim, survivor = await chaos.pids(GATEWAY)
     at_victim, at_survivor = _num_connections(victim), _num_connections(survivor)
     chaos.strike(victim)
@@ -96,7 +96,7 @@ async def test_manager_is_stopped(chaos: Chaos) -> None:
     try:
         new = asyncio.create_task(chat("sim", "new while no manager answers", 20).run(chaos.http))
         asked = [("GET", "/state"), ("GET", "/metrics"), ("POST", "/requests/unknown/cancel")]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await asyncio.gather(*(_status(chaos, *request) for request in asked)) == [503] * 3
         assert (await new).outcome == "right", new.result()
     finally:
@@ -137,13 +137,14 @@ async def test_session_store_is_killed(chaos: Chaos) -> None:
 
 async def test_redis_is_killed(chaos: Chaos) -> None:
     """While the sessions' database is away a turn is refused, and no more; when it is back it has every word."""
-    crowd = await chaos.crowd(model="kept")
+    crowd = await chaos.crowd(model="kept", num_tokens=1500)
     began = time.monotonic()
     chaos.redis.kill()
     try:
         refused = await crowd.conversations[-1].turn("is there a database?").run(chaos.http)
         assert (await chaos.state("kept"))["num_sessions"] is None
-        assert (await chaos.state("sim"))["num_sessions"] is not None
+        while (await chaos.state("sim"))["num_sessions"] is None:  # its store has a second to say it
+            await asyncio.sleep(0.1)
     finally:
         await asyncio.to_thread(chaos.redis.start)
     away_s = time.monotonic() - began
@@ -156,7 +157,7 @@ async def test_redis_is_killed(chaos: Chaos) -> None:
 
 async def test_queue_is_full(chaos: Chaos) -> None:
     """What a queue has no room for is refused at once, what it takes is answered, and nobody else notices."""
-    crowd = await chaos.crowd(num_tokens=1500)
+    crowd = await chaos.crowd(num_tokens=2200)
     asks = [chat("small", f"crowded {number}", 400) for number in range(64)]
     chaos.struck_at = time.monotonic()
     running = [asyncio.create_task(ask.run(chaos.http)) for ask in asks]
@@ -164,6 +165,7 @@ async def test_queue_is_full(chaos: Chaos) -> None:
         if (await ended).outcome == "right":
             break
     recovered_s = await _taken_again(chaos, "small")
+    assert not [ask for ask in crowd.asks if ask.outcome is not None], "over before the queue had room again"
     await asyncio.gather(*running)
     accepted = [ask for ask in asks if ask.outcome == "right"]
     refused = [ask for ask in asks if ask.outcome != "right"]
@@ -171,7 +173,6 @@ async def test_queue_is_full(chaos: Chaos) -> None:
     assert all(int(ask.headers["retry-after"]) >= 1 for ask in refused)
     assert len(accepted) >= 2 * (4 + 8)  # two gateways, each with room for 4 and a queue of 8
     assert max(ask.elapsed_s for ask in refused) < min(ask.elapsed_s for ask in accepted)
-    assert not [ask for ask in crowd.asks if ask.outcome is not None], "over before the queue had room again"
     await crowd.all_right()
     await chaos.note(recovered_s, crowd)
 
@@ -179,7 +180,7 @@ async def test_queue_is_full(chaos: Chaos) -> None:
 async def test_clients_leave(chaos: Chaos) -> None:
     """Clients that close their sockets free the engines at once, and disturb nobody."""
     aborted = (await chaos.state())["num_aborted"]
-    crowd = await chaos.crowd(num_tokens=1000)
+    crowd = await chaos.crowd(num_tokens=1500)
     whole = [_whole(chaos, f"whole {number}") for number in range(8)]
     await _running(chaos, at_least=len(crowd.asks) + len(whole))
     sockets = [*zip(crowd.tasks, crowd.asks, strict=True)]
@@ -196,7 +197,10 @@ async def test_clients_leave(chaos: Chaos) -> None:
     assert not [ask for ask in crowd.asks if ask.outcome is not None], "over before the engines were seen to be free"
     await crowd.all_right()
     await chaos.idle()
-    assert (await chaos.state())["num_aborted"] == aborted + len(leaving) + len(whole)
+    aborted += len(leaving) + len(whole)
+    while (told := (await chaos.state())["num_aborted"]) < aborted:  # gateways tell it once a second
+        await asyncio.sleep(0.1)
+    assert told == aborted
     await chaos.note(aborted_s, crowd)
 
 
@@ -246,7 +250,7 @@ def _num_connections(pid: int) -> int:
 
 def _whole(chaos: Chaos, prompt: str) -> asyncio.Task[Ask]:
     """Start a request whose answer comes in one piece."""
-    ask = completion("sim", prompt, 500)
+    ask = completion("sim", prompt, 2000)
     ask.body["stream"] = False
     return asyncio.create_task(ask.run(chaos.http))
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,13 @@ from raylm.ports import free_port
 
 from .manifests import CLUSTER
 
+pytestmark = pytest.mark.timeout(600)
+
 _NODES = ("127.0.0.2", "127.0.0.3")
+
+_END_TIMEOUT_S = 60.0
+_JOB_TIMEOUT_S = 400.0
+"""The script itself waits for its nodes for 300 s."""
 
 _SRUN = f"""#!/bin/bash
 # Becomes the command of the step's one node. Ray on nodes that share a machine needs more options.
@@ -68,16 +75,22 @@ class Submitted:
     temp: Path
 
     def left(self) -> list[str]:
-        """Return the processes of it that are still there."""
-        return [" ".join(process.cmdline()) for process in psutil.process_iter() if _has(process, self.mark)]
+        """Return the processes of it that do not end with it. Those that are being killed have some time."""
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while (left := self._processes()) and time.monotonic() < deadline:
+            psutil.wait_procs(left, timeout=1)
+        return [str(process) for process in left]
 
     def end(self) -> None:
         """End what is left of it."""
-        for process in psutil.process_iter():
-            if _has(process, self.mark):
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.communicate()
         shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _processes(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _has(process, self.mark)]
 
 
 def _has(process: psutil.Process, mark: str) -> bool:
@@ -124,7 +137,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(8)))
     job = _submit(folder, "bash", "job.sh")
     try:
-        output, _ = job.process.communicate(timeout=240)
+        output, _ = job.process.communicate(timeout=_JOB_TIMEOUT_S)
         print(output)
         yield job
     finally:
@@ -170,7 +183,7 @@ def test_a_job_whose_time_is_up_ends_its_command_and_then_its_nodes(tmp_path: Pa
             with suppress(subprocess.TimeoutExpired):
                 job.process.wait(0.2)
         job.process.send_signal(signal.SIGTERM)
-        job.process.communicate(timeout=60)
+        job.process.communicate(timeout=_JOB_TIMEOUT_S)
         assert job.process.returncode == 128 + signal.SIGTERM
         assert (tmp_path / "ended-in-order").exists()
         assert job.left() == []
@@ -182,7 +195,7 @@ def test_a_job_ends_when_a_node_does_not_start(tmp_path: Path) -> None:
     """The stub refuses the second step, for which it has too few nodes; the command is not run."""
     job = _submit(tmp_path, "touch", "ran", num_nodes=len(_NODES) + 1)
     try:
-        output, _ = job.process.communicate(timeout=60)
+        output, _ = job.process.communicate(timeout=_JOB_TIMEOUT_S)
         assert job.process.returncode == 1
         assert "not all of 3 Ray nodes came up" in output
         assert not (tmp_path / "ran").exists()
@@ -194,6 +207,6 @@ def test_a_job_ends_when_a_node_does_not_start(tmp_path: Path) -> None:
 def test_a_job_without_a_command_says_how(tmp_path: Path) -> None:
     """The script says how it is used."""
     job = _submit(tmp_path)
-    output, _ = job.process.communicate(timeout=60)
+    output, _ = job.process.communicate(timeout=_JOB_TIMEOUT_S)
     assert job.process.returncode == 2
     assert output.startswith("usage: sbatch")

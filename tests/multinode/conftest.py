@@ -9,11 +9,14 @@ from tests.multinode.driver import Driver
 from tests.multinode.rig import Rig, start_rig
 
 ENVIRONMENT = {
-    # Ray takes a node for dead after five checks of up to two seconds each, a second apart; by default it takes up to a
-    # minute.
+    # Ray takes a node for dead after eight checks of up to two seconds each, a second apart; by default it takes up to
+    # a minute. A raylet of a busy machine may miss some.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "8",
+    # So long Ray's processes do without a GCS before they end themselves.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "240",
 }
 
 

@@ -41,7 +41,7 @@ from tests.multinode.rig import Rig
 
 MODEL = "sim"
 
-_END_TIMEOUT_S = 90.0
+_END_TIMEOUT_S = 180.0
 _SETTLED_TIMEOUT_S = 200.0
 _LINE_BYTES = 1 << 24
 

@@ -12,10 +12,12 @@ import pytest
 from tests.multinode.driver import Driver, OrderError
 from tests.multinode.rig import NamespaceRig, Node, Rig
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 SIMULATED = {"kind": "simulated", "num_gpus": 1, "tokens_per_s": 50}
 POOL = {"first_token_timeout_s": 3, "token_gap_timeout_s": 2, "health_timeout_s": 3}
+"""For tests in which something stops: an actor that stands still because the machine is busy is suspected as well."""
+
 NUM_STREAMS = 64
 _KILLED = re.compile(r"kill\w*.*memory|memory.*kill", re.IGNORECASE)
 """How a raylet logs that it has killed a process for its memory."""
@@ -47,7 +49,7 @@ def all_right(outcome: dict[str, Any], *, moved: str) -> None:
 
 async def test_node_dies(rig: Rig, driver: Driver) -> None:
     """The death of a node moves its streams; its actors are started again on the GPUs that are left."""
-    victim, pids = await started(rig, driver, 350)
+    victim, pids = await started(rig, driver, 1500)
     await asyncio.to_thread(rig.kill_node, victim)
     slots = await driver.ask("up", gone=pids)
     assert victim.id not in {slot["node"] for slot in slots}
@@ -63,7 +65,7 @@ async def test_memory_of_a_node_is_full(rig: Rig, driver: Driver) -> None:
         small = {**SIMULATED, "label_selector": {"kind": "small"}, "replicas": 2}
         await driver.ask("serve", engines=[small, {**SIMULATED, "replicas": 2}], pool=POOL)
         pids = [slot["pid"] for slot in await driver.ask("up") if slot["node"] == node.id]
-        await driver.ask("crowd", size=NUM_STREAMS, num_tokens=500)
+        await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1500)
         filler = await asyncio.to_thread(rig.fill_memory, node, 0.97)
         try:
             print("killed:", await driver.ask("lost", pids=pids))
@@ -88,7 +90,7 @@ async def test_node_joins_while_requests_wait(rig: Rig, driver: Driver) -> None:
     await starting
     slots = await driver.ask("up")
     assert [slot["node"] for slot in slots] == [first.id]
-    answering = driver.begin("answer", size=16, num_tokens=300)
+    answering = driver.begin("answer", size=16, num_tokens=1000)
     await driver.ask("running", at_least=16)
     await asyncio.to_thread(rig.kill_node, first)
     await driver.ask("lost", pids=[slots[0]["pid"]])
@@ -126,7 +128,7 @@ async def test_two_pools_want_the_same_gpus(driver: Driver) -> None:
     all_of_a_node = {**SIMULATED, "num_gpus": 4}
     first = await driver.ask("own", engines=[all_of_a_node] * 3)
     second = driver.begin("own", engines=[all_of_a_node])
-    await driver.ask("crowd", size=NUM_STREAMS, num_tokens=350)
+    await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1000)
     outcome = await driver.ask("finish")
     print(outcome)
     assert outcome["right"] == NUM_STREAMS
@@ -140,7 +142,7 @@ async def test_two_pools_want_the_same_gpus(driver: Driver) -> None:
 
 async def test_scale_under_load(driver: Driver) -> None:
     """1, 4, none, 2 actors: no stream is cut or moved, and what comes while there is none waits."""
-    await driver.ask("serve", engines=[SIMULATED], pool=POOL)
+    await driver.ask("serve", engines=[SIMULATED])
     await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1000)
     await driver.ask("scale", replicas=4)
     await driver.ask("settled", replicas=4)
@@ -165,9 +167,9 @@ async def test_scale_under_load(driver: Driver) -> None:
 async def test_update_under_load(driver: Driver) -> None:
     """On a full cluster an update makes room for itself, one actor at a time: what it takes away moves."""
     engine = {**SIMULATED, "num_gpus": 4, "replicas": 3}
-    await driver.ask("serve", engines=[engine], pool=POOL, drain_timeout_s=1)
+    await driver.ask("serve", engines=[engine], drain_timeout_s=1)
     await driver.ask("crowd", size=NUM_STREAMS, num_tokens=1000)
-    await driver.ask("update", engines=[{**engine, "model_name": "new"}], pool=POOL, drain_timeout_s=1)
+    await driver.ask("update", engines=[{**engine, "model_name": "new"}], drain_timeout_s=1)
     assert await driver.ask("settled", replicas=3, model_name="new") == 2
     all_right(await driver.ask("finish"), moved="drained")
     await driver.ask("accounts", num_gpus=12)
@@ -176,7 +178,7 @@ async def test_update_under_load(driver: Driver) -> None:
 async def test_update_where_one_more_has_room(driver: Driver) -> None:
     """Never do fewer serve than are wanted, however long the process of a new one takes to come up."""
     engine = {**SIMULATED, "num_gpus": 4, "replicas": 2}
-    await driver.ask("serve", engines=[engine], pool=POOL)
-    await driver.ask("update", engines=[{**engine, "model_name": "new"}], pool=POOL)
+    await driver.ask("serve", engines=[engine])
+    await driver.ask("update", engines=[{**engine, "model_name": "new"}])
     assert await driver.ask("settled", replicas=2, model_name="new") == 2
     await driver.ask("accounts", num_gpus=8)
