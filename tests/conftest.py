@@ -24,6 +24,7 @@ from tests.multinode import rig
 # for new logs twice a second, which takes longer with each actor that there has been.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes longer than Ray's 30 s
 
 # How long an example takes, or its data, says how busy the machine is.
 settings.register_profile("busy", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])

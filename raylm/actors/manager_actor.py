@@ -37,6 +37,9 @@ WATCH_S = 1.0
 CLIENT_LEASE_S = 10.0
 """A client that has not watched for this long is gone."""
 
+_EXPIRE_S = CLIENT_LEASE_S / 4
+"""How often clients are looked at."""
+
 MAX_SILENT = 1000
 """Clients that are gone without a word and may come back: with more, those that are gone for longest will not."""
 
@@ -101,6 +104,7 @@ class _Clients:
         # comes back tells all of it again.
         self._silent: dict[str, PoolReport] = {}
         self._heard = asyncio.Event()
+        self._looked_at = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -134,6 +138,10 @@ class _Clients:
     def expire(self) -> None:
         """Take those for gone that have not watched for long."""
         now = time.monotonic()
+        if now - self._looked_at > 2 * _EXPIRE_S:  # this process stood still, and has heard nobody meanwhile
+            for client in self._clients.values():
+                client.seen_at = now
+        self._looked_at = now
         for client_id, client in tuple(self._clients.items()):
             if now - client.seen_at > CLIENT_LEASE_S:
                 del self._clients[client_id]
@@ -375,7 +383,7 @@ class ManagerActor:
         """Forget clients that are gone, and end everything when none has been there for long."""
         left_at = time.monotonic()
         while True:
-            await asyncio.sleep(CLIENT_LEASE_S / 4)
+            await asyncio.sleep(_EXPIRE_S)
             self._clients.expire()
             if self._clients:
                 left_at = time.monotonic()

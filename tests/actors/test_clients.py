@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
@@ -34,6 +37,21 @@ async def test_a_client_that_comes_back_is_counted_once() -> None:
     assert (clients.state().num_clients, clients.state().num_finished) == (0, 5)
     await clients.news("client", 0, await _report(7))
     assert (clients.state().num_clients, clients.state().num_finished) == (1, 7)
+
+
+async def test_a_manager_that_stood_still_takes_nobody_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has heard nobody meanwhile. Those that it does not hear of from then on are gone."""
+    now = 0.0
+    monkeypatch.setattr(manager_actor, "time", SimpleNamespace(monotonic=lambda: now, time_ns=time.time_ns))
+    clients = _Clients("model")
+    await clients.news("client", 0, await _report(5))
+    now += manager_actor.CLIENT_LEASE_S * 2
+    clients.expire()
+    assert len(clients) == 1
+    for _ in range(5):
+        now += manager_actor.CLIENT_LEASE_S / 4
+        clients.expire()
+    assert len(clients) == 0
 
 
 @pytest.mark.usefixtures("silence")
