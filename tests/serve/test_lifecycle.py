@@ -30,7 +30,7 @@ def test_nothing_is_left_behind(proxy: str, number: signal.Signals, tmp_path: Pa
         family = psutil.Process(command.process.pid).children(recursive=True)
         assert bool(command.processes("bin/haproxy")) == (proxy == "haproxy")
         command.stop(number)
-        _, alive = psutil.wait_procs(family, timeout=90)  # Ray's agents look for their raylet now and then
+        _, alive = psutil.wait_procs(family, timeout=150)  # Ray's agents look for their raylet now and then
         assert [process.name() for process in alive] == []
         wait_for(lambda: holder(port) == "")  # Serve may have started another HAProxy meanwhile
 
