@@ -1,4 +1,7 @@
-"""Speaks as vLLM's back end does, with the tokens of an OpenAI server: a real model behind a Triton server.
+"""Speaks as vLLM's back end does, with the tokens of lmdeploy's api_server: a real model behind a Triton server.
+
+An event of the api_server does not say how many tokens it has, and where the machine is busy it has several: the text
+so far is encoded again.
 
 Config parameter: `address` of the server, host and port.
 """
@@ -36,19 +39,24 @@ class TritonPythonModel:
         connection.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
         reply = connection.getresponse()
         if reply.status != 200:
-            raise RuntimeError(f"the OpenAI server said {reply.status}: {reply.read()}")
+            raise RuntimeError(f"the api_server said {reply.status}: {reply.read()}")
         return reply
 
     def _answer(self, body, sender):
         try:
             with self._ask("POST", "/v1/completions", json.dumps(body)) as reply:
-                self._relay(reply, sender)
+                self._relay(reply, sender, body["prompt"])
         except Exception as error:  # noqa: BLE001 - what a model raises
             response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _relay(self, reply, sender):
+    def _num_tokens(self, text):
+        with self._ask("POST", "/v1/encode", json.dumps({"input": text})) as reply:
+            return json.load(reply)["length"]
+
+    def _relay(self, reply, sender, text):
         reason, usage, told = None, None, 0
+        before = self._num_tokens(text)
         for line in reply:
             if sender.is_cancelled():
                 break
@@ -59,14 +67,15 @@ class TritonPythonModel:
             for choice in event["choices"]:
                 reason = choice.get("finish_reason") or reason
                 if choice["text"]:
-                    told += 1
-                    sender.send(self._response(choice["text"], 1))
+                    text += choice["text"]
+                    told, last = max(told, self._num_tokens(text) - before), told
+                    sender.send(self._response(choice["text"], told - last))
         if reason is not None:
             prompt_tokens = np.asarray([usage["prompt_tokens"]], dtype=np.uint32)  # known at the end only
             last = self._response("", usage["completion_tokens"] - told, reason, num_input_tokens=prompt_tokens)
             sender.send(last)
         elif not sender.is_cancelled():
-            raise RuntimeError("the OpenAI server's answer has no end")
+            raise RuntimeError("the api_server's answer has no end")
         sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _response(self, text, num_tokens, reason=None, **more):
