@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.errors import EngineStartError
@@ -433,7 +433,6 @@ keys = st.text(max_size=12).map(lambda text: f"general.{text}")
 entries = st.lists(st.builds(lambda key, value: gguf_entry(key, *value), keys, values()), max_size=6)
 
 
-@settings(deadline=None)
 @given(before=entries, after=entries, tokens=st.integers(1, 2**32 - 1), version=st.sampled_from([2, 3]))
 def test_max_context_of_gguf(
     before: list[bytes], after: list[bytes], tokens: int, version: int, tmp_path_factory: pytest.TempPathFactory
@@ -448,7 +447,6 @@ def test_max_context_of_gguf(
     assert max_context(file) == tokens
 
 
-@settings(deadline=None)
 @given(before=entries, data=st.data())
 def test_max_context_of_short_gguf(
     before: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -461,7 +459,6 @@ def test_max_context_of_short_gguf(
         max_context(file)
 
 
-@settings(deadline=None)
 @given(noise=st.binary())
 def test_max_context_of_random_header(noise: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Random bytes after a valid start end in EngineStartError and in nothing else."""

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.errors import InvalidRequestError
@@ -100,7 +100,6 @@ def test_render_unknown_role() -> None:
         render(CHATML_META, {"role": "user", "content": "2+2?"}, {"role": "tool", "content": "4"})
 
 
-@settings(deadline=None)
 @given(st.lists(messages(INTERNLM2)))
 def test_render_prompt_can_be_read_back(conversation: list[Message]) -> None:
     """Every message is in the prompt once, in order and whole, so different conversations differ as prompts."""
@@ -110,7 +109,6 @@ def test_render_prompt_can_be_read_back(conversation: list[Message]) -> None:
 
 
 @pytest.mark.parametrize("template", [INTERNLM2, CHATML, OPEN_ENDED])
-@settings(deadline=None)
 @given(data=st.data())
 def test_render_prompt_is_prefix_of_next_prompt(template: MetaTemplate, data: st.DataObject) -> None:
     """A prompt, and that prompt with the reply, begin the prompt of the conversation's next turn."""
@@ -173,7 +171,6 @@ def test_parse_begin_and_end_are_optional() -> None:
     assert render(meta, {"role": "user", "content": "2+2?"}) == "2+2?\nAnswer:"
 
 
-@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({"role": contents, "content": contents}, optional={"name": names}), min_size=1))
 def test_parse_messages_accepted(conversation: list[dict[str, str | None]]) -> None:
     """Dicts with role, content and an optional name become Messages of the same texts, as do those Messages."""
@@ -218,7 +215,6 @@ def test_parse_messages_half_a_surrogate_pair() -> None:
         parse_messages(conversation)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.dictionaries(st.sampled_from(["role", "content", "name", "x"]), st.none() | st.text() | st.integers()))
 )

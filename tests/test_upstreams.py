@@ -24,9 +24,9 @@ from raylm.pool import Pool
 from raylm.stream import Stream
 
 from .conftest import Running, StartPool, ask
-from .engines.conftest import kept_port
 from .engines.http_server import Toy, answer, chunk, sse, stream, tokenize
 from .engines.triton_server import MODELS, TritonServer
+from .ports import kept_port
 
 sys.path.append(str(MODELS / "lib"))
 from toy import greedy_text

@@ -49,7 +49,7 @@ async def test_a_manager_that_stood_still_takes_nobody_for_gone(monkeypatch: pyt
     clients.expire()
     assert len(clients) == 1
     for _ in range(5):
-        now += manager_actor.CLIENT_LEASE_S / 4
+        now += manager_actor._EXPIRE_S
         clients.expire()
     assert len(clients) == 0
 

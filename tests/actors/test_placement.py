@@ -27,7 +27,6 @@ from raylm.config import (
     TritonConfig,
 )
 from raylm.errors import PlacementError
-from tests.actors.nodes import ENVIRONMENT
 
 A100 = {"accelerator_type:A100": 1.0}
 NODES = st.builds(
@@ -384,6 +383,6 @@ asyncio.run(main())
 
 def test_each_actor_has_its_own_gpus() -> None:
     """Two actors of two logical GPUs each get four different ones."""
-    result = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    result = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True, check=True)
     first, second = json.loads(result.stdout.splitlines()[-1])
     assert sorted(first + second) == [0, 1, 2, 3]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.batch.ledger import Ledger, Record, checked
@@ -119,7 +119,6 @@ def test_other_words_are_taken_over(tmp_path: Path) -> None:
         assert whole.read(0).key == "mine"
 
 
-@settings(deadline=None)  # files are written
 @given(data=st.data())
 def test_any_damage_costs_the_damaged_lines_alone(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from playwright.async_api import Browser, Page
 
@@ -244,7 +244,6 @@ for name in sys.argv[1:]:
 VALUES = st.one_of(st.floats(0, 1e6), st.floats(0, 10), st.just(0.0), st.floats(1e-3, 2e-3))
 
 
-@settings(deadline=None)
 @given(values=st.lists(VALUES, min_size=1, max_size=60))
 def test_a_histogram_loses_nothing(values: list[float]) -> None:
     """Bars sum up to the number of values, cover all of them, and percentiles are right to half a percent."""
@@ -254,7 +253,6 @@ def test_a_histogram_loses_nothing(values: list[float]) -> None:
     check(histogram, values, lambda exact: max(exact * 0.005, 1e-4))
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.one_of(st.integers(0, 40), st.integers(0, 10**6)), min_size=1, max_size=60))
 def test_a_histogram_of_whole_numbers_is_of_whole_numbers(values: list[int]) -> None:
     """Below 400 percentiles and bars are exact, and limits of bars are whole numbers."""
@@ -287,7 +285,6 @@ def check(histogram: Histogram, values: list[Any], allowed: Any) -> None:
 SPANS = st.tuples(st.floats(0, 1e5), st.floats(0, 1e4), st.integers(0, 10**4))
 
 
-@settings(deadline=None)
 @given(spans=st.lists(SPANS, max_size=40))
 def test_a_series_loses_nothing(spans: list[tuple[float, float, int]]) -> None:
     """What was spread over time is there in all, and up to each moment, also when parts were put together."""
@@ -316,7 +313,6 @@ def within(spans: list[tuple[float, float, int]], moment: float, series: Series)
     )
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(
         st.tuples(
@@ -359,7 +355,6 @@ def test_figures_add_up(
     assert to_html(report).startswith(b"<!doctype html>")
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_what_is_shown_is_one_line_of_characters(text: str) -> None:
     """Neither a terminal nor a page gets control characters, line ends or halves of characters."""

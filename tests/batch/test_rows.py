@@ -12,7 +12,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.batch.rows import BadRow, Reading, Row, _read_pipe, count_rows, parse_row, read_file, read_rows, rows_of
@@ -108,7 +108,6 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)  # files are written
 @given(rows=st.lists(FIELDS, max_size=5))
 def test_every_format_says_the_same(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
     """The same rows in any format, gzipped or not, come to the same requests."""

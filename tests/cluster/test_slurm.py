@@ -116,7 +116,6 @@ def _submit(folder: Path, *command: str, num_nodes: int = len(_NODES)) -> Submit
         "STUB_TEMP": str(temp),
         "SLURMD_NODENAME": _NODES[0],
         "SLURM_JOB_NUM_NODES": str(num_nodes),
-        "RAY_raylet_start_wait_time_s": "180",  # a busy machine takes longer than Ray's 30 s
     }
     process = subprocess.Popen(
         ["bash", str(CLUSTER / "slurm.sbatch"), *command],

@@ -1,13 +1,11 @@
 """The engines that the conformance suite runs on, and what tests of engines have in common."""
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from raylm.config import EngineConfig, HTTPConfig, OpenVINOConfig, SimulatedConfig, TritonConfig
 from raylm.engines import http, triton
@@ -21,9 +19,6 @@ MODEL = "smollm2-135m-instruct"
 ROOMY = 16_384
 """A context that takes half a minute to fill with 500 tokens a second."""
 
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""Settings of a property that says nothing about time: the machine may be busy."""
-
 
 @pytest.fixture(scope="package", autouse=True)
 def _patience() -> Iterator[None]:
@@ -32,15 +27,6 @@ def _patience() -> Iterator[None]:
         patch.setattr(http, "_HEALTH_TIMEOUT_S", 60)
         patch.setattr(triton, "_CALL_TIMEOUT_S", 60)
         yield
-
-
-@contextmanager
-def kept_port() -> Iterator[int]:
-    """A port that the system gives to nobody as long as the block lasts. Whoever names it may listen there."""
-    with socket.socket() as keeper:  # bound, but not listening
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keeper.bind(("127.0.0.1", 0))
-        yield keeper.getsockname()[1]
 
 
 @contextmanager

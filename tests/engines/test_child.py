@@ -12,12 +12,9 @@ from raylm.engines.child import Output, _Generation
 from raylm.engines.text import Vocabulary
 from raylm.messages import Delta, GenerationConfig, Request
 
-from .conftest import unhurried
-
 BYTES = Vocabulary({byte: bytes([byte]) for byte in range(256)})
 
 
-@unhurried
 @given(
     st.text("a é世🚀", min_size=1, max_size=12), st.lists(st.integers(1, 5), min_size=60), st.text("a é", max_size=3)
 )

@@ -41,8 +41,9 @@ from raylm.errors import (
     UpstreamError,
 )
 from raylm.messages import Generated, Message
+from tests.ports import kept_port
 
-from .conftest import Prompt, Record, ask, kept_port, make_request, run, until
+from .conftest import Prompt, Record, ask, make_request, run, until
 from .http_server import MODEL, Dialect, Handler, Toy, answer, chunk, render, sse, stream, tokenize, usage
 
 STORY = "Once upon a time"

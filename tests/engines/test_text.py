@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from raylm.engines.text import Detokenizer, StopWords, Vocabulary
 
-from .conftest import unhurried
-
 # A token for each byte, and a few that begin, end or contain a character.
 BYTES = Vocabulary({**{byte: bytes([byte]) for byte in range(256)}, 256: b" the", 257: "é".encode(), 258: b"\xf0\x9f"})
 SENTENCEPIECE = Vocabulary(
@@ -54,7 +52,6 @@ def shown(chunks: Iterable[str], words: Iterable[str]) -> tuple[list[str], bool]
     return [*texts, stop.flush()], False
 
 
-@unhurried
 @given(text=few_letters, words=stop_words, places=st.lists(st.integers(0, 30), max_size=8))
 @example(text="aab", words=["aaab", "ab"], places=[1, 2])
 @example(text="abab", words=["abb", "bab", "ab"], places=[])
@@ -64,7 +61,6 @@ def test_stop_words_end_the_text_however_it_is_cut(text: str, words: list[str], 
     assert ("".join(texts), hit) == expected_text(text, words)
 
 
-@unhurried
 @given(text=few_letters, words=stop_words)
 def test_stop_words_hold_back_no_more_than_they_must(text: str, words: list[str]) -> None:
     """After each character, exactly the longest end that is the beginning of a stop word is held back."""
@@ -95,7 +91,6 @@ def test_stop_words_flush_once() -> None:
     assert stop.flush() == ""
 
 
-@unhurried
 @given(text=st.text(max_size=40), places=st.lists(st.integers(0, 200), max_size=8))
 def test_detokenizer_gives_whole_characters(text: str, places: list[int]) -> None:
     """Bytes cut anywhere give the same text, and each piece is part of it."""
@@ -106,7 +101,6 @@ def test_detokenizer_gives_whole_characters(text: str, places: list[int]) -> Non
     assert "".join(pieces) == text
 
 
-@unhurried
 @given(data=st.binary(max_size=30))
 def test_detokenizer_replaces_what_is_no_utf8(data: bytes) -> None:
     """Any bytes before a whole character give the text that decoding all of them at once gives."""

@@ -35,8 +35,9 @@ from raylm.errors import (
     UpstreamError,
 )
 from raylm.messages import Generated, Request
+from tests.ports import kept_port
 
-from .conftest import Record, ask, kept_port, make_request, run, until
+from .conftest import Record, ask, make_request, run, until
 from .triton_server import MODELS, TritonServer, make_repository
 
 sys.path.append(str(MODELS / "lib"))

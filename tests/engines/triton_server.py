@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,14 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 import pytest
 from filelock import FileLock
+
+from tests.ports import kept_port
 
 MODELS = Path(__file__).parent / "triton_models"
 REPOSITORY = MODELS / "repository"
@@ -138,11 +139,9 @@ class TritonServer:
     ) -> None:
         venv = install()
         root, libdir, _ = _describe(venv)
-        keeper = socket.socket()  # bound, but not listening: so the system gives the port to those alone who name it
-        weakref.finalize(self, keeper.close)
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keeper.bind(("127.0.0.1", 0))
-        self.port: int = keeper.getsockname()[1]
+        stack = ExitStack()
+        self.port = stack.enter_context(kept_port())
+        weakref.finalize(self, stack.close)
         self._shm = f"raylm_test_{uuid.uuid4().hex[:12]}_"
         self._folder = Path(tempfile.mkdtemp(prefix="raylm_triton_"))
         self._arguments = [

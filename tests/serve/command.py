@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import requests
@@ -35,6 +35,8 @@ HAPROXY_PORTS = (
 
 GATEWAY_PORTS = range(30000, 31001)
 """Where Serve has its replicas listen for HTTP. Their other ports are Ray's."""
+
+_T = TypeVar("_T")
 
 _START_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 120.0
@@ -73,15 +75,9 @@ class ServeCommand:
 
     def told(self, path: str) -> requests.Response:
         """Return what a manager says, as soon as it does: where none has answered for long, the status is 503."""
-        answer = self.get(path)
-
-        def is_told() -> bool:
-            nonlocal answer
-            if answer.status_code == 503:
-                answer = self.get(path)
-            return answer.status_code != 503
-
-        wait_for(is_told)
+        deadline = time.monotonic() + 120
+        while (answer := self.get(path)).status_code == 503:
+            assert time.monotonic() < deadline, answer.text
         return answer
 
     def state(self, model: int = 0) -> dict[str, Any]:
@@ -186,21 +182,32 @@ def serve_command(
                 process.kill()
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    """Return once a condition holds that only asking tells."""
+def wait_for(condition: Callable[[], _T], timeout_s: float = 120) -> _T:
+    """Return what a condition gives once it holds, which only asking tells."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "waited for too long"
         time.sleep(0.05)
+    return found
+
+
+def still_starting(
+    process: subprocess.Popen[bytes], log: Path, start: Callable[[], subprocess.Popen[bytes]]
+) -> subprocess.Popen[bytes]:
+    """Return a process that starts a node of Ray, or the next one where Ray had given it up.
+
+    Ray waits 30 s for a raylet, which on a busy machine may take longer.
+    """
+    if process.poll() is None:
+        return process
+    said = log.read_text()
+    assert "timed out during startup" in said, f"it did not come up:\n{said}"
+    return start()
 
 
 def _wait_until_up(served: ServeCommand, start: Callable[[], subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while re.search(r"^serving .*\n", served.log.read_text(), re.MULTILINE) is None:
-        if served.process.poll() is not None:
-            said = served.log.read_text()
-            # Ray waits 30 s for its raylet, which on a busy machine may take longer.
-            assert "timed out during startup" in said, f"raylm serve did not come up:\n{said}"
-            served.process = start()
+        served.process = still_starting(served.process, served.log, start)
         assert time.monotonic() < deadline, f"raylm serve took too long:\n{served.log.read_text()}"
         time.sleep(0.2)

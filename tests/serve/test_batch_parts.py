@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.batch import Tally
@@ -61,7 +61,6 @@ async def taken(body: bytes, *cuts: int) -> tuple[Upload, bytes]:
     return upload, b"".join([chunk async for chunk in upload.chunks(pieces())])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine stands still at times
 @given(
     content=st.binary(min_size=1, max_size=200) | st.just(b"\r\n--XX\r\n-" * 3 + b"\r\n--X"),
     cuts=st.lists(st.integers(0, 1000), max_size=20),

@@ -454,16 +454,13 @@ def num_tokens(endpoint: ServeCommand) -> int:
     assert response.status_code == 200, response.text
     assert len({receipt["slot"] for receipt in response.json()["raylm"]}) == 2
 
-    slots: list[dict[str, Any]] = []
-
-    def told() -> bool:
+    def told() -> list[dict[str, Any]]:
         state = endpoint.state()
-        slots[:] = state["slots"]
+        slots: list[dict[str, Any]] = state["slots"]
         is_told = state["num_finished"] >= before + 8  # and by the same gateway what the engines have made until then
-        return is_told and all(slot["engine"] and not slot["num_running"] for slot in slots)
+        return slots if is_told and all(slot["engine"] and not slot["num_running"] for slot in slots) else []
 
-    wait_for(told)
-    return sum(slot["engine"]["num_tokens"] for slot in slots)
+    return sum(slot["engine"]["num_tokens"] for slot in wait_for(told))
 
 
 def test_the_actor_is_killed(jobs: ServeCommand, jobs_client: openai.OpenAI, folder: Path) -> None:

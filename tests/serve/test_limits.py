@@ -383,13 +383,12 @@ def test_client_leaves(front: tuple[Front, ServeCommand], stream: bool, header: 
 
 def _in_engines(endpoint: ServeCommand) -> tuple[int, int]:
     """Return how many requests are in the engines, and how many tokens these have generated."""
-    slots: list[dict[str, Any]] = []
 
-    def told() -> bool:  # some seconds after the start
-        slots[:] = endpoint.state()["slots"]
-        return all(slot["engine"] for slot in slots)
+    def told() -> list[dict[str, Any]]:  # some seconds after the start
+        slots: list[dict[str, Any]] = endpoint.state()["slots"]
+        return slots if all(slot["engine"] for slot in slots) else []
 
-    wait_for(told)
+    slots = wait_for(told)
     return sum(slot["num_running"] for slot in slots), sum(slot["engine"]["num_tokens"] for slot in slots)
 
 

@@ -24,7 +24,7 @@ import requests
 import yaml
 
 from raylm.ports import free_port, holder
-from tests.serve.command import HAPROXY_PORTS, wait_for
+from tests.serve.command import HAPROXY_PORTS, still_starting, wait_for
 
 ENGINE = {"kind": "simulated", "tokens_per_s": 200, "model_name": "first"}
 
@@ -88,11 +88,7 @@ class Cluster:
                 )
 
         def is_there() -> bool:
-            if self.process.poll() is not None:
-                said = log.read_text()
-                # Ray waits 30 s for its raylet, which on a busy machine may take longer.
-                assert "timed out during startup" in said, said[-2000:]
-                self.process = start()
+            self.process = still_starting(self.process, log, start)
             return "Ray runtime started" in log.read_text()
 
         self.process = start()
@@ -171,23 +167,20 @@ class Cluster:
 
     def slots(self) -> list[dict[str, Any]]:
         """Return the model's slots, as its endpoint tells them: a process that asks takes seconds."""
-        told = requests.get(f"http://127.0.0.1:{self.port}/state", timeout=60)
-        while told.status_code == 503:  # the manager has not answered for long
-            told = requests.get(f"http://127.0.0.1:{self.port}/state", timeout=60)
+        while (told := requests.get(f"http://127.0.0.1:{self.port}/state", timeout=60)).status_code == 503:
+            pass  # the manager has not answered for long
         (model,) = told.json()["models"]
         slots: list[dict[str, Any]] = model["slots"]
         return slots
 
     def slots_up(self) -> list[dict[str, Any]]:
         """Return the model's slots when all of them are up: a gateway that is new sees that later than `up` does."""
-        slots: list[dict[str, Any]] = []
 
-        def are_up() -> bool:
-            slots[:] = self.slots()
-            return bool(slots) and all(slot["state"] == "up" for slot in slots)
+        def slots_up() -> list[dict[str, Any]]:
+            slots = self.slots()
+            return slots if all(slot["state"] == "up" for slot in slots) else []
 
-        wait(are_up)
-        return slots
+        return wait(slots_up)
 
     def are_up(self, *numbers: int) -> None:
         """Wait until the model has these slots, all of them up."""
@@ -266,9 +259,8 @@ def test_what_is_up_stays(served: Cluster) -> None:
 
 def test_status(served: Cluster) -> None:
     """It has a line for each slot, with what it is and does."""
-    texts: list[str] = []
-    wait(lambda: texts.append(served.told("status")) or "sim  2 of 2 up" in texts[-1])
-    assert texts[-1].count("simulated, pid") == 2
+    text = wait(lambda: "sim  2 of 2 up" in (text := served.told("status")) and text)
+    assert text.count("simulated, pid") == 2
     (model,) = json.loads(served.told("status", "--json"))
     assert [slot["pid"] for slot in model["slots"]] == [slot["pid"] for slot in served.slots_up()]
 

@@ -383,14 +383,13 @@ def test_health(simulated_endpoint: ServeCommand) -> None:
 
 def test_state(simulated_endpoint: ServeCommand) -> None:
     """The state has every slot, and what runs at any gateway."""
-    state: dict[str, Any] = {}
 
-    def told() -> bool:
-        state.update(simulated_endpoint.state())
-        return (state["num_running"], state["num_clients"]) == (1, 2)
+    def told() -> dict[str, Any]:
+        state = simulated_endpoint.state()
+        return state if (state["num_running"], state["num_clients"]) == (1, 2) else {}
 
     with running(simulated_endpoint, "/v1/completions", {"prompt": "hi", "max_tokens": 8000}):
-        wait_for(told)
+        state = wait_for(told)
     assert state["name"] == "sim"
     assert state["num_clients"] == 2
     assert [(slot["slot"], slot["state"], slot["capacity"]) for slot in state["slots"]] == [
